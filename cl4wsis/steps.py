@@ -1,0 +1,111 @@
+"""The step folder: what training leaves behind for export, evaluation and the next step.
+
+``runs/<plan>/step-<t>/`` holds ``segmenter.safetensors`` and ``step.json``; this module reads and writes the latter, and
+finds steps. A folder is complete when it has its final name: it is written under a temporary one and renamed.
+"""
+
+import hashlib
+import json
+import re
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import ValidationError
+
+from cl4wsis.config import Settings
+from cl4wsis.errors import RunError
+from cl4wsis.recipe import NetworkSettings
+from cl4wsis.tasks import Plan
+
+WEIGHTS_FILE = "segmenter.safetensors"
+STEP_FILE = "step.json"
+
+
+class ClassInfo(Settings):
+    """One class a Segmenter knows; its position in the list is its label."""
+
+    name: str
+    step_added: int
+    color: tuple[int, int, int]
+    """RGB."""
+
+
+class InputRule(Settings):
+    """What the network expects of its input: RGB, (image - mean) / std, values of image in 0..255."""
+
+    size: tuple[int, int]
+    """(height, width), px; an image is fitted into it with its aspect kept, and padded right and below with the mean."""
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+
+
+class StepInfo(Settings):
+    """Everything about a trained step but its weights."""
+
+    format: Literal["cl4wsis-step/1"] = "cl4wsis-step/1"
+    plan: Plan
+    """The plan as resolved when the step was trained, recipe included."""
+    step: int
+    classes: tuple[ClassInfo, ...]
+    """All classes seen so far, in label order."""
+    class_counts: tuple[int, ...]
+    """Number of classes each step added up to here: the convolutions of the two class heads."""
+    network: NetworkSettings
+    input: InputRule
+    weights_sha256: str
+    parent_sha256: str | None
+    """Weights of the step this one was trained from; none for step 0."""
+    seconds: dict[str, float]
+    """Training time of each phase."""
+    metrics: dict[str, Any] = {}
+    """Result of the evaluation after training, as written by ``cl4wsis.metrics``."""
+    versions: dict[str, str] = {}
+    """Versions of cl4wsis, torch and timm."""
+
+
+def step_folder(run: Path, step: int) -> Path:
+    """Return the folder of a step, which need not exist."""
+    return run / f"step-{step}"
+
+
+def trained_steps(run: Path) -> list[int]:
+    """List the complete steps of a run, in order."""
+    if not run.is_dir():
+        return []
+    found = (re.fullmatch(r"step-(\d+)", path.name) for path in run.iterdir() if (path / STEP_FILE).is_file())
+    return sorted(int(match[1]) for match in found if match)
+
+
+def read_step(folder: Path) -> StepInfo:
+    """Read ``step.json``.
+
+    Raises:
+        RunError: the folder is no complete step, or was written by another version.
+    """
+    path = folder / STEP_FILE
+    try:
+        return StepInfo.model_validate_json(path.read_bytes())
+    except FileNotFoundError as error:
+        raise RunError(f"{folder}: is not a trained step ({STEP_FILE} is missing)") from error
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise RunError(f"{path}: cannot be understood: {where}: {first['msg']}") from error
+
+
+def write_step_info(folder: Path, info: StepInfo) -> None:
+    """Write ``step.json`` atomically."""
+    write_text_atomically(folder / STEP_FILE, json.dumps(info.model_dump(mode="json"), indent=1) + "\n")
+
+
+def write_text_atomically(path: Path, text: str) -> None:
+    """Write a text file so that a reader sees the old or the new one, never half of it."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)
+
+
+def file_sha256(path: Path) -> str:
+    """Return the SHA-256 of a file as hexadecimal text."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

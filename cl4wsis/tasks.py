@@ -1,0 +1,192 @@
+"""Plans: which classes a step adds, which data it sees and how it is trained.
+
+Class numbers. Foreground classes are numbered from 0 in the order in which the steps add them; labels everywhere are
+these numbers. Semantic channel 0 is background, so class ``c`` is semantic channel ``c + 1`` and center channel ``c``.
+"""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, model_validator
+
+from cl4wsis.config import Settings, build_settings, find_config, merge, parse_overrides, read_toml
+from cl4wsis.errors import ConfigError
+from cl4wsis.recipe import Recipe
+
+
+class ClassSplit(Settings):
+    """The classes of one step: which are old, which are new, and the channels they have."""
+
+    step: int
+    """Step number; 0 is the base step."""
+    old_names: tuple[str, ...]
+    """Names of the classes of all earlier steps, in order."""
+    new_names: tuple[str, ...]
+    """Names of the classes this step adds, in order."""
+
+    @property
+    def seen_names(self) -> tuple[str, ...]:
+        """Names of all classes known after this step; the position is the label."""
+        return self.old_names + self.new_names
+
+    @property
+    def num_old_classes(self) -> int:
+        """Number of old foreground classes."""
+        return len(self.old_names)
+
+    @property
+    def num_new_classes(self) -> int:
+        """Number of new foreground classes."""
+        return len(self.new_names)
+
+    @property
+    def num_classes(self) -> int:
+        """Number of foreground classes after this step."""
+        return len(self.old_names) + len(self.new_names)
+
+    @property
+    def semantic_old(self) -> slice:
+        """Semantic channels of background and the old classes: what the previous network knows."""
+        return slice(0, self.num_old_classes + 1)
+
+    @property
+    def semantic_new(self) -> slice:
+        """Semantic channels of the new classes."""
+        return slice(self.num_old_classes + 1, self.num_classes + 1)
+
+    @property
+    def center_old(self) -> slice:
+        """Center channels (and labels) of the old classes."""
+        return slice(0, self.num_old_classes)
+
+    @property
+    def center_new(self) -> slice:
+        """Center channels (and labels) of the new classes."""
+        return slice(self.num_old_classes, self.num_classes)
+
+
+class ShapesData(Settings):
+    """Drawn shapes, made in memory from a seed."""
+
+    kind: Literal["shapes"] = "shapes"
+    num_train: int = Field(480, gt=0)
+    """Number of training pictures per step."""
+    num_val: int = Field(120, gt=0)
+    """Number of pictures for evaluation, holding the classes of all steps."""
+    image_size: int = Field(128, ge=64)
+    """Side of the square pictures, px."""
+    seed: int = 7
+    """Seed of the drawings; training and evaluation pictures never coincide."""
+
+
+class ImageSource(Settings):
+    """A folder of images with what is known about them."""
+
+    images: Path
+    """Folder of the image files."""
+    instances: Path | None = None
+    """COCO instances JSON; read in step 0, for evaluation and for supervised baselines only."""
+    tags: Path | None = None
+    """Class names of each image: JSON ``{file: [names]}``, or CSV with a file and then its class names per line."""
+
+
+class CocoData(Settings):
+    """A user's own images: COCO instances JSON for masks, image tags for later steps."""
+
+    kind: Literal["coco"] = "coco"
+    root: Path = Path()
+    """Folder to which relative paths of this section refer."""
+    train: ImageSource
+    """Training images of every step that has no source of its own."""
+    val: ImageSource
+    """Images for evaluation, with instances."""
+    steps: dict[int, ImageSource] = {}
+    """Training images of single steps, for data that arrives over time."""
+
+    def source(self, step: int) -> ImageSource:
+        """Return the training source of a step, its paths joined to the root."""
+        return self._rooted(self.steps.get(step, self.train))
+
+    @property
+    def evaluation_source(self) -> ImageSource:
+        """The evaluation source, its paths joined to the root."""
+        return self._rooted(self.val)
+
+    def _rooted(self, source: ImageSource) -> ImageSource:
+        join = {name: self.root / path for name, path in source if path is not None}
+        return ImageSource(**join)
+
+
+class Plan(Settings):
+    """A series of steps: classes, data and recipe. Read from TOML by :func:`load_plan`."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    """Name of the plan and of its run folder."""
+    steps: tuple[tuple[str, ...], ...] = Field(min_length=1)
+    """Class names that each step adds; the first are the base classes."""
+    selection: Literal["overlap", "disjoint"] = "overlap"
+    """Which images belong to a step: with at least one of its classes; ``disjoint`` also excludes future classes."""
+    all_seen_labels: bool = False
+    """Tags of old classes are given too (ASLA), not only those of the new classes."""
+    data: Annotated[ShapesData | CocoData, Field(discriminator="kind")]
+    """Where images and annotations come from."""
+    recipe: Recipe = Recipe()
+    """How the network is built and trained."""
+
+    @model_validator(mode="after")
+    def _check_classes(self) -> Self:
+        names = [name for step in self.steps for name in step]
+        repeated = sorted({name for name in names if names.count(name) > 1})
+        if repeated:
+            raise ValueError(f"each class belongs to one step; listed more than once: {', '.join(repeated)}")
+        empty = [str(step) for step, added in enumerate(self.steps) if not added]
+        if empty:
+            raise ValueError(f"every step must add a class; empty: step {', '.join(empty)}")
+        return self
+
+    @property
+    def num_steps(self) -> int:
+        """Number of steps, the base step included."""
+        return len(self.steps)
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """Names of the classes of all steps, in label order."""
+        return tuple(name for step in self.steps for name in step)
+
+    def split(self, step: int) -> ClassSplit:
+        """Return the classes of a step.
+
+        Raises:
+            ConfigError: the plan has no such step.
+        """
+        if not 0 <= step < self.num_steps:
+            raise ConfigError(f"plan '{self.name}' has steps 0 to {self.num_steps - 1}, not {step}")
+        old = tuple(name for added in self.steps[:step] for name in added)
+        return ClassSplit(step=step, old_names=old, new_names=self.steps[step])
+
+
+def load_plan(path: str | Path, overrides: Iterable[str] = ()) -> Plan:
+    """Read a plan.
+
+    Args:
+        path: a TOML file, or the name of a plan that comes with the package.
+        overrides: assignments such as ``recipe.base.epochs=5``, applied last.
+
+    Raises:
+        ConfigError: the file is missing or wrong; every problem is named with its field.
+    """
+    file = find_config(path)
+    tables = merge(read_toml(file), parse_overrides(overrides))
+    return build_settings(Plan, tables, str(path))
+
+
+def class_color(label: int) -> tuple[int, int, int]:
+    """Return the RGB color of a class: the bit-reversed palette of PASCAL VOC, label 0 being its first foreground."""
+    index, color = label + 1, [0, 0, 0]
+    for shift in range(7, -1, -1):
+        for channel in range(3):
+            color[channel] |= ((index >> channel) & 1) << shift
+        index >>= 3
+    return color[0], color[1], color[2]

@@ -1,0 +1,1 @@
+"""Export: the Segmenter and its post-processing as one graph, verified and packed into a bundle."""

@@ -1,0 +1,1 @@
+"""The runtime: images in, instances out, without torch."""

@@ -1,0 +1,1 @@
+"""Training data: drawn shapes, COCO-format files, image tags, augmentation, targets."""

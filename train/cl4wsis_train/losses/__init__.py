@@ -1,0 +1,1 @@
+"""Losses as functions; each docstring names the formula and how it is reduced."""

@@ -1,0 +1,1 @@
+"""The Segmenter, the auxiliary decoder and the affinity refinement."""

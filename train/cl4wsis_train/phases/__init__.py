@@ -1,0 +1,1 @@
+"""The three phases: each turns a batch into a dict of losses."""

@@ -1,0 +1,1 @@
+"""Pseudo labels: what takes the place of masks in later steps."""
