@@ -2,9 +2,9 @@
 
 What comes out is always (H, W, 3) uint8 RGB:
 
-- EXIF orientation is applied.
+- EXIF orientation is applied (for WebP as far as the installed OpenCV reads it: 4.9 does not, 5.0 does).
 - Grayscale is repeated over the three channels; palettes are resolved; CMYK is converted to RGB.
-- Alpha is dropped: a transparent pixel shows the color stored beneath it.
+- Alpha is dropped: a transparent pixel shows the color stored beneath it, which is black in most TIFFs.
 - 16 bits per channel are scaled to 8 (65535 becomes 255). Floating-point images have no known range and are refused.
 - An animation gives its first picture.
 - A JPEG or PNG that ends early is refused rather than filled up with gray.
