@@ -152,10 +152,8 @@ def _resize(image: NDArray[np.uint8], size: tuple[int, int]) -> NDArray[np.uint8
     import cv2
 
     shrinks = size[0] < image.shape[0] or size[1] < image.shape[1]
-    resized: NDArray[np.uint8] = cv2.resize(
-        image, (size[1], size[0]), interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR
-    )
-    return resized
+    method = cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR
+    return np.asarray(cv2.resize(image, (size[1], size[0]), interpolation=method), dtype=np.uint8)
 
 
 def _sample(values: NDArray[Any], source: tuple[int, int], target: tuple[int, int]) -> NDArray[Any]:
