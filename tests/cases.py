@@ -108,7 +108,7 @@ def _bump(generator: np.random.Generator, squared_distance: FloatMap, side: floa
 def _class_probs(
     generator: np.random.Generator, ids: NDArray[np.int32], labels: NDArray[np.int32], num_classes: int, noise: float
 ) -> FloatMap:
-    """Softmax of noisy class scores; the noise is drawn on a coarser grid, so that borders wave instead of crumbling."""
+    """Softmax of noisy class scores; most noise is drawn on a coarser grid, so that borders wave and few crumble."""
     class_map = np.concatenate([[0], labels + 1])[ids]
     logits = 4.0 * (class_map[None] == np.arange(num_classes + 1)[:, None, None])
     coarse = generator.normal(0, 4.5 * noise, (num_classes + 1, ids.shape[0] // 4 + 1, ids.shape[1] // 4 + 1))
