@@ -1,0 +1,200 @@
+"""The Segmenter: images to semantic logits, one center heatmap per class, and offsets to centers.
+
+Legend: B images, C channels with background, H W network input, h w feature maps.
+
+Source: CL4WSIS (ICCV 2023): a DeepLabv3 semantic branch and a Panoptic-DeepLab instance branch on shared features.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from cl4wsis.errors import RunError
+from cl4wsis.recipe import NetworkSettings
+from cl4wsis_train.models.aspp import InstancePyramid, SemanticPyramid
+from cl4wsis_train.models.decoder import InstanceDecoder, SeparableConvolution
+from cl4wsis_train.models.encoder import build_encoder
+from cl4wsis_train.models.heads import StepHeads
+
+_OFFSET_CHANNELS = 32
+_LARGEST_DILATION = 32  # of the published pyramid at stride 8: 12, 24, 32
+
+
+class SegmenterOutput(NamedTuple):
+    """What the Segmenter returns for a batch."""
+
+    semantic_logits: Tensor
+    """(B, C, h, w) at the encoder's last stride, raw; channel 0 is background."""
+    center_heatmap: Tensor
+    """(B, C - 1, H / 4, W / 4), raw: trained towards [0, 1] without a sigmoid."""
+    offset_map: Tensor
+    """(B, 2, H / 4, W / 4): (dy, dx), center minus pixel, in input pixels."""
+
+
+class SemanticBranch(nn.Module):
+    """Semantic pyramid and the classifier that grows with the steps.
+
+    Args:
+        settings: channels, dilations and output stride.
+        in_channels: channels of the last encoder features.
+        class_counts: foreground classes that each step adds; the first step's convolution also holds background.
+    """
+
+    def __init__(self, settings: NetworkSettings, in_channels: int, class_counts: Sequence[int]) -> None:
+        super().__init__()
+        dilations = settings.semantic_dilations
+        if settings.output_stride == 8:
+            dilations = (2 * dilations[0], 2 * dilations[1], min(2 * dilations[2], _LARGEST_DILATION))
+        self.pyramid = SemanticPyramid(in_channels, settings.semantic_channels, dilations)
+        self.classifier = StepHeads(settings.semantic_channels, [class_counts[0] + 1, *class_counts[1:]])
+
+    def forward(self, features: Sequence[Tensor]) -> Tensor:
+        """Return ``semantic_logits`` (B, C, h, w) from the four encoder features."""
+        logits: Tensor = self.classifier(self.pyramid(features[-1]))
+        return logits
+
+
+class InstanceBranch(nn.Module):
+    """Instance pyramid, decoder, class-wise center head and class-free offset head.
+
+    Args:
+        settings: channels and dilations.
+        feature_channels: channels of the four encoder features, finest first.
+        class_counts: foreground classes that each step adds.
+    """
+
+    def __init__(self, settings: NetworkSettings, feature_channels: Sequence[int], class_counts: Sequence[int]) -> None:
+        super().__init__()
+        pyramid, channels = settings.instance_channels, settings.decoder_channels
+        self.pyramid = InstancePyramid(feature_channels[-1], pyramid, settings.instance_dilations)
+        self.decoder = InstanceDecoder(pyramid, feature_channels, channels)
+        self.center_conv = SeparableConvolution(channels, channels)
+        self.center_head = StepHeads(channels, class_counts)
+        self.offset_conv = SeparableConvolution(channels, min(_OFFSET_CHANNELS, channels))
+        self.offset_head = nn.Conv2d(min(_OFFSET_CHANNELS, channels), 2, 1)
+
+    def forward(self, features: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """Return ``center_heatmap`` (B, C - 1, H/4, W/4) and ``offset_map`` (B, 2, H/4, W/4) from encoder features."""
+        x = self.decoder(self.pyramid(features[-1]), features)
+        return self.center_head(self.center_conv(x)), self._offsets(self.offset_conv(x))
+
+    def _offsets(self, x: Tensor) -> Tensor:
+        """Apply the offset head in float32: half precision would round offsets of 64 px to half a pixel or worse."""
+        offset_map: Tensor
+        if torch.is_autocast_enabled(x.device.type):
+            with torch.autocast(x.device.type, enabled=False):
+                offset_map = self.offset_head(x.float())
+        else:
+            offset_map = self.offset_head(x)
+        return offset_map
+
+
+class InstanceSegmenter(nn.Module):
+    """Instance segmentation network whose outputs grow with the steps.
+
+    Args:
+        settings: encoder, its initial weights, and sizes. Use weights ``none`` where trained weights are loaded next.
+        class_counts: foreground classes that each step adds, step 0 first.
+
+    Raises:
+        ConfigError: the encoder or its weights cannot be had.
+        ValueError: ``class_counts`` is empty or holds a number below 1.
+    """
+
+    def __init__(self, settings: NetworkSettings, class_counts: Sequence[int]) -> None:
+        super().__init__()
+        if not class_counts or min(class_counts) < 1:
+            raise ValueError(f"class_counts must hold one positive number per step, got {list(class_counts)}")
+        self.settings = settings
+        self.encoder = build_encoder(settings.encoder, settings.output_stride, settings.weights)
+        self.semantic_branch = SemanticBranch(settings, self.encoder.channels[-1], class_counts)
+        self.instance_branch = InstanceBranch(settings, self.encoder.channels, class_counts)
+        self._class_counts = tuple(class_counts)
+        self._mean: Tensor
+        self._std: Tensor
+        # Not saved with the weights: they follow from the encoder's name.
+        self.register_buffer("_mean", torch.tensor(self.mean).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("_std", torch.tensor(self.std).view(1, 3, 1, 1), persistent=False)
+
+    @property
+    def class_counts(self) -> tuple[int, ...]:
+        """Foreground classes that each step added."""
+        return self._class_counts
+
+    @property
+    def num_classes(self) -> int:
+        """Foreground classes of all steps."""
+        return sum(self._class_counts)
+
+    @property
+    def mean(self) -> tuple[float, float, float]:
+        """Mean of the input channels (RGB), 0..255."""
+        return self.encoder.mean
+
+    @property
+    def std(self) -> tuple[float, float, float]:
+        """Standard deviation of the input channels (RGB), 0..255."""
+        return self.encoder.std
+
+    def normalize(self, images: Tensor) -> Tensor:
+        """Turn RGB images (B, 3, H, W) with values 0..255 (uint8 or float) into the float32 input of the network."""
+        return (images.float() - self._mean) / self._std
+
+    def forward(self, images: Tensor) -> SegmenterOutput:
+        """Return all three maps.
+
+        Args:
+            images: (B, 3, H, W), normalised; H and W are multiples of 32 as the recipe demands.
+        """
+        features = self.encoder(images)
+        return SegmenterOutput(self.forward_semantic(features), *self.forward_instance(features))
+
+    def forward_semantic(self, features: Sequence[Tensor]) -> Tensor:
+        """Return ``semantic_logits`` (B, C, h, w) from the four encoder features."""
+        logits: Tensor = self.semantic_branch(features)
+        return logits
+
+    def forward_instance(self, features: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """Return ``center_heatmap`` and ``offset_map`` from the four encoder features."""
+        center_heatmap, offset_map = self.instance_branch(features)
+        return center_heatmap, offset_map
+
+    def split_parameters(self) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+        """Return the encoder's parameters and all others, for learning rates of their own."""
+        encoder = list(self.encoder.parameters())
+        known = {id(parameter) for parameter in encoder}
+        return encoder, [parameter for parameter in self.parameters() if id(parameter) not in known]
+
+    def load_previous(self, state: Mapping[str, Tensor]) -> None:
+        """Copy the weights of the previous step's network; the convolutions this step adds keep their initial values.
+
+        Args:
+            state: ``state_dict`` of a network with the same settings and one step less.
+
+        Raises:
+            ValueError: this network has one step only, so nothing comes before it.
+            RunError: a tensor is missing, superfluous or has another shape.
+        """
+        if len(self.class_counts) < 2:
+            raise ValueError("load_previous needs a network of at least two steps; use load_state_dict for the first")
+        own = self.state_dict()
+        added = len(self.class_counts) - 1
+        new_heads = (f"semantic_branch.classifier.{added}.", f"instance_branch.center_head.{added}.")
+        kept = {key: tensor for key, tensor in own.items() if not key.startswith(new_heads)}
+        problems = [f"{key} is missing" for key in kept if key not in state]
+        problems += [f"{key} is not part of it" for key in state if key not in kept]
+        problems += [
+            f"{key} has shape {tuple(state[key].shape)} instead of {tuple(tensor.shape)}"
+            for key, tensor in kept.items()
+            if key in state and state[key].shape != tensor.shape
+        ]
+        if problems:
+            rest = f"; and {len(problems) - 3} more" if len(problems) > 3 else ""
+            raise RunError(
+                f"the previous step's weights do not fit a network of {added} earlier step(s) with classes "
+                f"{list(self.class_counts[:-1])}: {'; '.join(problems[:3])}{rest}. Train every step of a plan with the "
+                "same recipe.network"
+            )
+        self.load_state_dict({**own, **state})
