@@ -1,0 +1,214 @@
+"""Results on disk: id maps with a sidecar, one COCO file for a run, overlays. Everything appears whole or not at all.
+
+Every writer is a context manager with ``write(name, instances, image)``; ``name`` is a relative path without ending
+(``holiday/beach``). Leaving the context by an exception keeps the files of single images, but no half COCO file.
+"""
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any, Protocol, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cl4wsis.errors import DataError
+from cl4wsis.images import encode_jpeg, encode_png, write_bytes_atomically
+from cl4wsis.instances import Instances
+from cl4wsis.steps import ClassInfo
+
+ImageSource = Callable[[], NDArray[np.uint8]]
+"""Gives the source image on demand, so that writers that do not need it cost no memory."""
+
+
+class Writer(Protocol):
+    """Takes the answers of a run, one image at a time."""
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None: ...
+
+    def write(self, name: str, instances: Instances, image: ImageSource) -> None:
+        """Write one answer.
+
+        Args:
+            name: relative path of the image without its ending.
+            instances: in pixels of the source image.
+            image: gives the source image.
+
+        Raises:
+            DataError: a file cannot be written.
+        """
+        ...
+
+
+class _FolderWriter:
+    """What writers of single files share: a folder, and nothing to close."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        return None
+
+
+class IdsWriter(_FolderWriter):
+    """Write ``<name>.png``, the id map, and ``<name>.json``, its rows. The sidecar comes last: where it is, both are.
+
+    The map is 8-bit where ids allow it, else 16-bit; 0 is none and ``i`` is the row whose ``id`` is ``i``.
+
+    Args:
+        folder: where the files go.
+        classes: of the model, in label order.
+        model: what made the answers (for example the hash of the graph); written into every sidecar.
+    """
+
+    def __init__(self, folder: Path, classes: Sequence[ClassInfo], model: dict[str, Any]) -> None:
+        super().__init__(folder)
+        self._names = [info.name for info in classes]
+        self._model = model
+
+    def write(self, name: str, instances: Instances, image: ImageSource) -> None:
+        """Write the id map and its sidecar."""
+        ids = instances.instance_ids.astype(np.uint8 if len(instances) <= 255 else np.uint16)
+        write_bytes_atomically(_prepare(self._path(name, ".png")), encode_png(ids))
+        write_bytes_atomically(self._path(name, ".json"), _json_bytes(self._describe(name, instances)))
+
+    def read(self, name: str) -> Instances | None:
+        """Return an answer that an earlier run left here, or nothing if it is missing, damaged or of another model."""
+        try:
+            sidecar = json.loads(self._path(name, ".json").read_bytes())
+            if sidecar["model"] != self._model:
+                return None
+            ids = _read_ids(self._path(name, ".png"))
+            rows = sidecar["instances"]
+            return Instances.from_ids(ids, [row["label"] for row in rows], [row["score"] for row in rows])
+        except (OSError, ValueError, KeyError, TypeError, DataError):
+            return None
+
+    def _path(self, name: str, ending: str) -> Path:
+        return self.folder / f"{name}{ending}"
+
+    def _describe(self, name: str, instances: Instances) -> dict[str, Any]:
+        height, width = instances.instance_ids.shape
+        columns = zip(
+            instances.labels.tolist(),
+            instances.scores.tolist(),
+            instances.areas.tolist(),
+            instances.boxes.tolist(),
+            strict=True,
+        )
+        rows = [
+            {"id": i, "label": label, "class": self._names[label], "score": round(score, 6), "area": area, "box": box}
+            for i, (label, score, area, box) in enumerate(columns, start=1)
+        ]
+        return {
+            "image": name,
+            "height": height,
+            "width": width,
+            "box_format": "xyxy",
+            "instances": rows,
+            "model": self._model,
+        }
+
+
+class OverlayWriter(_FolderWriter):
+    """Write ``<name>.jpg``, the image with what was found drawn over it.
+
+    Args:
+        folder: where the files go.
+        classes: of the model, in label order.
+    """
+
+    def __init__(self, folder: Path, classes: Sequence[ClassInfo]) -> None:
+        super().__init__(folder)
+        self._names = [info.name for info in classes]
+        self._colors = [info.color for info in classes]
+
+    def write(self, name: str, instances: Instances, image: ImageSource) -> None:
+        """Draw and write one overlay."""
+        from cl4wsis_serve.draw import draw_overlay
+
+        overlay = draw_overlay(image(), instances, self._names, self._colors)
+        write_bytes_atomically(_prepare(self.folder / f"{name}.jpg"), encode_jpeg(overlay))
+
+
+class CocoWriter:
+    """Write one COCO file for a run: images, categories, and annotations with compressed RLE and a score.
+
+    Annotations go to a temporary file as they come; only names and sizes of the images are kept in memory. The file
+    gets its name when the run is complete.
+
+    Args:
+        path: of the file.
+        classes: of the model, in label order; the category id is the label + 1.
+    """
+
+    def __init__(self, path: Path, classes: Sequence[ClassInfo]) -> None:
+        self.path = path
+        self._classes = classes
+        self._images: list[dict[str, Any]] = []
+        self._num_annotations = 0
+        self._file: IO[str] | None = None
+
+    def __enter__(self) -> Self:
+        self._temporary = _prepare(self.path).with_name(f".{self.path.name}.tmp")
+        self._file = self._temporary.open("w", encoding="utf-8")
+        self._file.write('{"annotations": [')
+        return self
+
+    def write(self, name: str, instances: Instances, image: ImageSource) -> None:
+        """Append the instances of one image."""
+        if self._file is None:
+            raise ValueError("the writer is not open; use it in a 'with' statement")
+        height, width = instances.instance_ids.shape
+        image_id = len(self._images) + 1
+        self._images.append({"id": image_id, "file_name": name, "height": height, "width": width})
+        for annotation, area in zip(instances.to_coco(image_id), instances.areas.tolist(), strict=True):
+            self._num_annotations += 1
+            self._file.write(",\n" if self._num_annotations > 1 else "\n")
+            json.dump({"id": self._num_annotations, **annotation, "area": area, "iscrowd": 0}, self._file)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._file is None:
+            return
+        with self._file as file:
+            self._file = None
+            categories = [{"id": label + 1, "name": info.name} for label, info in enumerate(self._classes)]
+            file.write(f'\n],\n"images": {json.dumps(self._images)},\n"categories": {json.dumps(categories)}}}\n')
+        if kind is None:
+            self._temporary.replace(self.path)
+        else:
+            self._temporary.unlink()
+
+
+def _prepare(path: Path) -> Path:
+    """Make the folder of a file."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DataError(f"{path.parent}: the folder cannot be made: {error.strerror or error}") from error
+    return path
+
+
+def _json_bytes(content: Any) -> bytes:
+    return (json.dumps(content, ensure_ascii=False, indent=1) + "\n").encode()
+
+
+def _read_ids(path: Path) -> NDArray[np.int32]:
+    import cv2
+
+    ids = cv2.imdecode(np.frombuffer(path.read_bytes(), np.uint8), cv2.IMREAD_UNCHANGED)
+    if ids is None or ids.ndim != 2:
+        raise DataError(f"{path}: is not an id map")
+    return np.asarray(ids, np.int32)
