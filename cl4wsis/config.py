@@ -96,19 +96,20 @@ def parse_overrides(assignments: Iterable[str]) -> dict[str, Any]:
     """Turn ``["a.b=1", "a.c=text"]`` into nested tables; values are TOML, and bare words are strings.
 
     Raises:
-        ConfigError: an assignment has no ``=``.
+        ConfigError: an assignment has no ``=``, or no field before it.
     """
     tables: dict[str, Any] = {}
     for assignment in assignments:
         key, equals, text = assignment.partition("=")
-        if not equals or not key.strip():
+        parts = key.strip().split(".")
+        if not equals or not all(parts):
             raise ConfigError(f"--set {assignment}: expected FIELD=VALUE, for example recipe.base.epochs=5")
         value: Any
         try:
             value = tomllib.loads(f"value = {text.strip()}")["value"]
         except tomllib.TOMLDecodeError:
             value = text.strip()
-        for part in reversed(key.strip().split(".")):
+        for part in reversed(parts):
             value = {part: value}
         tables = merge(tables, value)
     return tables

@@ -87,7 +87,7 @@ class SemanticPhase(Settings):
     flac: bool = True
     """Feature-level augmentation consistency of the activation maps."""
     flac_average: Literal["logits", "probabilities"] = "logits"
-    """What FLAC averages over the new classes (method section 8, row 4)."""
+    """What FLAC averages: logits of the new classes (as published in code), or probabilities of all (as in the paper)."""
     random_dropout: bool = True
     """Random dropout of old classes on new-class pixels."""
     random_dropout_background: bool = True
@@ -113,7 +113,8 @@ class PeakSettings(Settings):
     smoothing: bool = True
     """Average activation maps over 3x3 cells first, as published."""
     min_area: int = Field(20, ge=0)
-    """Smallest connected region that becomes an instance, square px at ``reference_size`` (scaled by length)."""
+    """Smallest connected region that becomes an instance, square px at ``reference_size`` (an area: scales with the
+    square of the length)."""
 
 
 class RefineSettings(Settings):
