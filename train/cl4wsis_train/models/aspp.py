@@ -70,7 +70,8 @@ class InstancePyramid(nn.Module):
         self.paths = _pyramid_convolutions(in_channels, channels, dilations)
         self.path_norms = nn.ModuleList(nn.BatchNorm2d(channels) for _ in self.paths)
         self.pool_conv = nn.Conv2d(in_channels, channels, 1, bias=False)
-        self.project = nn.Conv2d(channels * (len(self.paths) + 1), channels, 1, bias=False)
+        self.project = nn.Conv2d(channels * len(self.paths), channels, 1, bias=False)
+        self.pool_project = nn.Conv2d(channels, channels, 1, bias=False)
         self.norm = nn.BatchNorm2d(channels)
         self.dropout = nn.Dropout(dropout)
 
@@ -78,7 +79,8 @@ class InstancePyramid(nn.Module):
         """Return (B, channels, h, w) from the last encoder features (B, in_channels, h, w)."""
         maps = [F.relu(norm(path(features))) for path, norm in zip(self.paths, self.path_norms, strict=True)]
         pooled = F.relu(self.pool_conv(features.mean(dim=(2, 3), keepdim=True)))  # (B, channels, 1, 1)
-        fused = self.project(torch.cat([*maps, pooled.expand_as(maps[0])], dim=1))
+        # A sum of projections equals the projection of a concatenation, and spares spreading the pooled values out.
+        fused = self.project(torch.cat(maps, dim=1)) + self.pool_project(pooled)
         output: Tensor = self.dropout(F.relu(self.norm(fused)))
         return output
 

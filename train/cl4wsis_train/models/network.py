@@ -139,8 +139,13 @@ class InstanceSegmenter(nn.Module):
         return self.encoder.std
 
     def normalize(self, images: Tensor) -> Tensor:
-        """Turn RGB images (B, 3, H, W) with values 0..255 (uint8 or float) into the float32 input of the network."""
-        return (images.float() - self._mean) / self._std
+        """Turn RGB images (B, 3, H, W) with values 0..255 (uint8 or float) into the float32 input of the network.
+
+        The result lies channels-last in memory, and so do all maps computed from it: the depthwise convolutions of the
+        decoder are several times faster that way on CPUs, and half-precision convolutions on GPUs.
+        """
+        normalized = (images.float() - self._mean) / self._std
+        return normalized.contiguous(memory_format=torch.channels_last)
 
     def forward(self, images: Tensor) -> SegmenterOutput:
         """Return all three maps.
