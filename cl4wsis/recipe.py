@@ -14,7 +14,7 @@ from cl4wsis.grouping import GroupingSpec
 
 
 class NetworkSettings(Settings):
-    """The Segmenter: encoder, semantic branch, instance branch (method section 2)."""
+    """The Segmenter: encoder, semantic branch, instance branch."""
 
     encoder: str = "tf_efficientnet_lite0"
     """Any timm encoder that gives features at strides 4, 8, 16 and 32."""
@@ -25,7 +25,7 @@ class NetworkSettings(Settings):
     semantic_channels: int = Field(256, gt=0)
     """Channels of the semantic pyramid."""
     semantic_dilations: tuple[int, int, int] = (6, 12, 18)
-    """Dilations of the semantic pyramid at stride 16; doubled when ``output_stride`` is 8, but the last is 32 at most."""
+    """Dilations of the semantic pyramid at stride 16; doubled when ``output_stride`` is 8, but the last to 32 only."""
     instance_channels: int = Field(256, gt=0)
     """Channels of the instance pyramid."""
     instance_dilations: tuple[int, int, int] = (3, 6, 9)
@@ -50,11 +50,11 @@ class OptimizerSettings(Settings):
     power: float = Field(0.9, ge=0)
     """Exponent of the polynomial decay."""
     warmup_epochs: int = Field(0, ge=0)
-    """Epochs at constant rate before the decay, which is counted from the start (method section 4.6)."""
+    """Epochs at constant rate before the decay, which is counted from the start."""
 
 
 class InstanceLossSettings(Settings):
-    """Weights of the instance losses (method section 3.3)."""
+    """Weights of the instance losses."""
 
     center_sigma: float = Field(8.0, gt=0)
     """Standard deviation of a center's Gaussian, px at ``reference_size``."""
@@ -64,7 +64,7 @@ class InstanceLossSettings(Settings):
 
 
 class BasePhase(Settings):
-    """Step 0, and the supervised baselines: masks for every class (method section 3)."""
+    """Step 0, and the supervised baselines: masks for every class."""
 
     epochs: int = Field(100, gt=0)
     batch_size: int = Field(16, gt=0)
@@ -73,7 +73,7 @@ class BasePhase(Settings):
 
 
 class SemanticPhase(Settings):
-    """Phase 1: learn the new classes' regions from tags while the old network guards the old classes (section 4)."""
+    """Phase 1: learn the new classes' regions from tags while the old network guards the old classes."""
 
     epochs: int = Field(40, gt=0)
     batch_size: int = Field(16, gt=0)
@@ -87,11 +87,11 @@ class SemanticPhase(Settings):
     flac: bool = True
     """Feature-level augmentation consistency of the activation maps."""
     flac_average: Literal["logits", "probabilities"] = "logits"
-    """What FLAC averages: logits of the new classes (as published in code), or probabilities of all (as in the paper)."""
+    """What FLAC averages: logits of the new classes (the authors' code), or probabilities of all classes (the paper)."""
     random_dropout: bool = True
     """Random dropout of old classes on new-class pixels."""
     random_dropout_background: bool = True
-    """Whether background may be drawn as well (method section 8, row 6)."""
+    """Whether background may be drawn as well."""
     peak_generator: bool = True
     """Train the peak generator; without it phase 2 takes peaks from the class probabilities of the decoder."""
     clip_new_logits: bool = True
@@ -103,7 +103,7 @@ class SemanticPhase(Settings):
 
 
 class PeakSettings(Settings):
-    """How peaks of the activation maps become instance seeds (method section 5.3 and 5.4)."""
+    """How peaks of the activation maps become instance seeds."""
 
     window: int = Field(15, gt=0)
     """Side of the local-maximum window, px at ``reference_size``."""
@@ -118,7 +118,7 @@ class PeakSettings(Settings):
 
 
 class RefineSettings(Settings):
-    """Self-refinement of centers and offsets from the network's own maps (method section 5.5)."""
+    """Self-refinement of centers and offsets from the network's own maps."""
 
     enabled: bool = True
     center_threshold: float = Field(0.3, ge=0)
@@ -138,7 +138,7 @@ class RefineSettings(Settings):
 
 
 class InstancePhase(Settings):
-    """Phase 2: train the instance branch on synthesised centers and offsets (method section 5)."""
+    """Phase 2: train the instance branch on synthesised centers and offsets."""
 
     epochs: int = Field(50, gt=0)
     batch_size: int = Field(16, gt=0)

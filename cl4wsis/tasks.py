@@ -101,7 +101,7 @@ class CocoData(Settings):
     """Training images of every step that has no source of its own."""
     val: ImageSource
     """Images for evaluation, with instances."""
-    steps: dict[int, ImageSource] = {}
+    steps: dict[int, ImageSource] = Field(default_factory=dict)
     """Training images of single steps, for data that arrives over time."""
 
     def source(self, step: int) -> ImageSource:
