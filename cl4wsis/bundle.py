@@ -1,0 +1,368 @@
+"""The bundle: what export writes and every runtime reads.
+
+``<name>.cl4wsis/`` holds ``manifest.json``, ``model.onnx`` (the truth), ``labels.txt``, ``card.md``, ``golden/``
+(inputs with the outputs expected for them) and, as a cache, ``engines/``. The manifest lists the SHA-256 of every other
+file. A folder is complete when it has its final name: it is written under a temporary one and renamed.
+
+``model.onnx`` also works by itself: what a runtime needs to know stands in its metadata, one JSON text per field of the
+manifest under keys that begin with ``cl4wsis.``.
+"""
+
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any, BinaryIO, Literal
+
+from pydantic import Field, ValidationError, field_validator
+
+from cl4wsis.config import Settings
+from cl4wsis.errors import BundleError
+from cl4wsis.grouping import GroupingSpec
+from cl4wsis.steps import ClassInfo, InputRule, file_sha256
+
+FORMAT: Literal["cl4wsis-bundle/1"] = "cl4wsis-bundle/1"
+SUFFIX = ".cl4wsis"
+MANIFEST_FILE = "manifest.json"
+MODEL_FILE = "model.onnx"
+LABELS_FILE = "labels.txt"
+CARD_FILE = "card.md"
+
+_METADATA_PREFIX = "cl4wsis."
+_METADATA_FIELD = 14  # of ModelProto in onnx.proto
+_VARINT, _LENGTH_DELIMITED = 0, 2  # wire types of protobuf
+
+
+class TensorInfo(Settings):
+    """An input or output of the graph."""
+
+    name: str
+    dtype: str
+    """As NumPy spells it."""
+    shape: tuple[str | int, ...]
+    """Numbers where fixed; ``batch`` where free."""
+    meaning: str
+
+
+class GraphInfo(Settings):
+    """What the graph is made of."""
+
+    opset: int
+    operators: dict[str, int]
+    """Number of nodes of each operator."""
+    precision: Literal["float32"] = "float32"
+    """Arithmetic of the network; the grouping is float32 whatever stands here."""
+    region_rounds: int
+    """Rounds of the region labelling (see the export package); more are needed for more intricate shapes."""
+
+
+class Verification(Settings):
+    """How the graph was checked before it was packed."""
+
+    images: int
+    """Number of images compared."""
+    batch_sizes: tuple[int, ...]
+    """Batch sizes at which every image had the same ids."""
+    differing_pixels: float
+    """Largest share of an image's pixels whose id differs between torch and ONNX Runtime."""
+    score_error: float
+    """Largest difference of a score between torch and ONNX Runtime."""
+    instances: int
+    """Instances that the reference found on the images."""
+    matched: float
+    """Share of them that the graph finds with the same class and a mask IoU above 0.99; 1 if there are none."""
+    unconverged: int
+    """Images whose regions were not finished after the fixed number of rounds."""
+    runtimes: dict[str, str]
+    """Versions of what was compared."""
+
+
+class GoldenCase(Settings):
+    """An input of the graph with the output expected for it."""
+
+    image: str
+    """PNG file of the network's input size, RGB."""
+    outputs: str
+    """NPZ file, one array per output of the graph, without the batch axis."""
+
+
+class EngineInfo(Settings):
+    """An engine built from the graph; a cache, only of use where it fits."""
+
+    file: str
+    runtime: str
+    """``tensorrt-rtx`` with its version."""
+    compute_capabilities: tuple[str, ...]
+    """GPUs it was built for, such as ``8.6``."""
+    max_batch: int
+    """Largest batch it accepts."""
+    graph_sha256: str
+    """The ``model.onnx`` it was built from."""
+
+
+class Manifest(Settings):
+    """Everything about a bundle but its files' contents."""
+
+    format: Literal["cl4wsis-bundle/1"] = FORMAT
+    name: str
+    plan: str
+    """Name of the plan it was trained by."""
+    step: int
+    classes: tuple[ClassInfo, ...]
+    """All classes of the model, in label order."""
+    input: InputRule
+    """Images are fitted into ``size``, padded with the mean and given as uint8 RGB; the graph normalises."""
+    inputs: tuple[TensorInfo, ...]
+    outputs: tuple[TensorInfo, ...]
+    grouping: GroupingSpec
+    """Post-processing that the graph contains."""
+    graph: GraphInfo
+    weights_sha256: str
+    """Weights of the step it was exported from."""
+    parent_sha256: str | None
+    """Weights of the step that one was trained from; none for step 0."""
+    accuracy: dict[str, Any] = Field(default_factory=dict)
+    """Evaluation after training, as written into the step."""
+    training: dict[str, Any] = Field(default_factory=dict)
+    """Where the weights come from: the plan as resolved, and seconds of each phase."""
+    versions: dict[str, str] = Field(default_factory=dict)
+    """Versions of what trained and exported it."""
+    created: str = ""
+    """Time of export, ISO 8601, UTC."""
+    verification: Verification | None = None
+    """Result of the check before packing; a graph taken out of its bundle has none."""
+    golden: tuple[GoldenCase, ...] = ()
+    engines: tuple[EngineInfo, ...] = ()
+    files: dict[str, str] = Field(default_factory=dict)
+    """SHA-256 of every file of the bundle but the manifest, by path within it."""
+
+    @field_validator("files")
+    @classmethod
+    def _check_paths(cls, files: dict[str, str]) -> dict[str, str]:
+        for name in files:
+            path = PurePosixPath(name)
+            if path.is_absolute() or ".." in path.parts or "\\" in name:
+                raise ValueError(f"'{name}' leads out of the bundle")
+        return files
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """An opened bundle, every file of which was found unchanged.
+
+    Attributes:
+        path: the folder, or the lone ``.onnx`` file.
+        manifest: what it says about itself.
+    """
+
+    path: Path
+    manifest: Manifest
+
+    @property
+    def model(self) -> Path:
+        """The ONNX graph."""
+        return self.path if self.path.is_file() else self.path / MODEL_FILE
+
+
+def open_bundle(path: str | Path) -> Bundle:
+    """Open a bundle folder, or an ``.onnx`` file that was exported by cl4wsis.
+
+    Raises:
+        BundleError: there is no such bundle; it was not written by cl4wsis or by a newer version; a file is missing or
+            is not the one that was exported.
+    """
+    path = Path(path)
+    if path.is_dir():
+        bundle = Bundle(path, _read_manifest(path))
+        _check_files(bundle)
+        return bundle
+    if not path.exists():
+        raise BundleError(f"{path}: does not exist; give a bundle folder or an .onnx file written by 'cl4wsis export'")
+    if path.name == MANIFEST_FILE:
+        raise BundleError(f"{path}: give the bundle folder {path.parent}, not its manifest")
+    return Bundle(path, manifest_from_metadata(read_onnx_metadata(path), str(path)))
+
+
+def metadata_from_manifest(manifest: Manifest) -> dict[str, str]:
+    """Return the texts to store in the metadata of the graph: all of the manifest but what is known only afterwards."""
+    content = manifest.model_dump(mode="json", exclude={"verification", "golden", "engines", "files"})
+    return {f"{_METADATA_PREFIX}{key}": json.dumps(value, ensure_ascii=False) for key, value in content.items()}
+
+
+def manifest_from_metadata(metadata: Mapping[str, str], source: str) -> Manifest:
+    """Read the manifest out of the metadata of a graph.
+
+    Args:
+        metadata: keys and texts as stored in an ONNX file.
+        source: name of the file, for messages.
+
+    Raises:
+        BundleError: the graph was not exported by cl4wsis, or by another version.
+    """
+    texts = {
+        key.removeprefix(_METADATA_PREFIX): text for key, text in metadata.items() if key.startswith(_METADATA_PREFIX)
+    }
+    if not texts:
+        raise BundleError(f"{source}: was not exported by cl4wsis (its metadata says nothing about classes)")
+    try:
+        content = {key: json.loads(text) for key, text in texts.items()}
+    except json.JSONDecodeError as error:
+        raise BundleError(f"{source}: its metadata is damaged ({error}); export the step again") from error
+    return _build_manifest(content, source)
+
+
+def read_onnx_metadata(path: Path) -> dict[str, str]:
+    """Read the metadata of an ONNX file without any runtime, by walking its outermost protobuf fields.
+
+    Raises:
+        BundleError: the file cannot be read or is no ONNX graph.
+    """
+    metadata: dict[str, str] = Field(default_factory=dict)
+    try:
+        with path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            for field, length in _length_delimited(file, size):
+                if field == _METADATA_FIELD:
+                    entry = {number: file.read(n).decode("utf-8") for number, n in _length_delimited(file, length)}
+                    metadata[entry.get(1, "")] = entry.get(2, "")  # StringStringEntryProto: key = 1, value = 2
+    except (OSError, ValueError) as error:
+        raise BundleError(f"{path}: cannot be read as an ONNX graph ({error})") from error
+    return metadata
+
+
+def write_bundle(destination: Path, manifest: Manifest, files: Mapping[str, bytes]) -> Path:
+    """Write a bundle folder; readers see the old bundle, or the new one complete, never half of it.
+
+    Args:
+        destination: final name of the folder. A bundle that is there already is replaced when the new one is complete.
+        manifest: its ``files`` are filled in here.
+        files: contents by path within the bundle.
+
+    Returns:
+        The destination.
+
+    Raises:
+        BundleError: the destination exists and is no bundle, or cannot be written.
+    """
+    if destination.exists() and not (destination / MANIFEST_FILE).is_file():
+        raise BundleError(f"{destination}: exists and is no bundle; move it away or choose another name with --out")
+    try:
+        destination.parent.mkdir(parents=True, exist_ok=True)
+        with _replaced_folder(destination) as folder:
+            for name, content in files.items():
+                (folder / name).parent.mkdir(parents=True, exist_ok=True)
+                (folder / name).write_bytes(content)
+            hashes = {name: file_sha256(folder / name) for name in sorted(files)}
+            complete = Manifest.model_validate({**manifest.model_dump(), "files": hashes})
+            text = json.dumps(complete.model_dump(mode="json"), indent=1, ensure_ascii=False)
+            (folder / MANIFEST_FILE).write_text(text + "\n", encoding="utf-8")
+    except OSError as error:
+        raise BundleError(f"{destination}: cannot be written: {error.strerror or error}") from error
+    return destination
+
+
+@contextmanager
+def _replaced_folder(destination: Path) -> Iterator[Path]:
+    """Give a temporary folder beside the destination that takes its place when the block ends without an error."""
+    token = uuid.uuid4().hex[:8]
+    temporary = destination.with_name(f".{destination.name}.{token}.tmp")
+    old = destination.with_name(f".{destination.name}.{token}.old")
+    temporary.mkdir()
+    try:
+        yield temporary
+        if destination.exists():
+            destination.rename(old)
+        try:
+            temporary.rename(destination)
+        except OSError:
+            if old.exists():
+                old.rename(destination)
+            raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def _read_manifest(folder: Path) -> Manifest:
+    path = folder / MANIFEST_FILE
+    try:
+        content = json.loads(path.read_bytes())
+    except FileNotFoundError as error:
+        raise BundleError(f"{folder}: is no bundle ({MANIFEST_FILE} is missing)") from error
+    except OSError as error:
+        raise BundleError(f"{path}: cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise BundleError(f"{path}: is damaged ({error}); export the step again") from error
+    return _build_manifest(content, str(path))
+
+
+def _build_manifest(content: Any, source: str) -> Manifest:
+    found = content.get("format") if isinstance(content, dict) else None
+    if found != FORMAT:
+        kind = f"has format {found!r}" if isinstance(found, str) else "does not state its format"
+        raise BundleError(
+            f"{source}: {kind}, this version of cl4wsis reads '{FORMAT}'; "
+            "update cl4wsis, or export the step again with this version"
+        )
+    try:
+        return Manifest.model_validate(content)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise BundleError(f"{source}: cannot be understood: {where}: {first['msg']}; export the step again") from error
+
+
+def _check_files(bundle: Bundle) -> None:
+    files = bundle.manifest.files
+    used = {MODEL_FILE, *(engine.file for engine in bundle.manifest.engines)}
+    used |= {name for case in bundle.manifest.golden for name in (case.image, case.outputs)}
+    unlisted = sorted(used - files.keys())
+    if unlisted:
+        raise BundleError(f"{bundle.path / MANIFEST_FILE}: gives no hash for {', '.join(unlisted)}; export again")
+    for name, expected in files.items():
+        path = bundle.path / name
+        if not path.is_file():
+            raise BundleError(f"{bundle.path}: {name} is missing; copy the bundle again or export the step again")
+        if file_sha256(path) != expected:
+            raise BundleError(
+                f"{path}: is not the file that was exported (its SHA-256 differs from the manifest); "
+                "copy the bundle again or export the step again"
+            )
+
+
+def _length_delimited(file: BinaryIO, size: int) -> Iterator[tuple[int, int]]:
+    """Walk the fields of a protobuf message, leaving the file at the start of each field with a length.
+
+    Yields:
+        Number and length of the field; whatever the caller has not read of it is skipped.
+
+    Raises:
+        ValueError: these bytes are no message of varints and length-delimited fields.
+    """
+    end = file.tell() + size
+    while file.tell() < end:
+        tag, value = _read_varint(file), _read_varint(file)
+        field, wire_type = tag >> 3, tag & 7
+        if wire_type == _VARINT and field:
+            continue
+        after = file.tell() + value
+        if wire_type != _LENGTH_DELIMITED or not field or after > end:
+            raise ValueError(f"unexpected field {field} of type {wire_type}")
+        yield field, value
+        file.seek(after)
+
+
+def _read_varint(file: BinaryIO) -> int:
+    value = 0
+    for shift in range(0, 70, 7):
+        byte = file.read(1)
+        if not byte:
+            raise ValueError("unexpected end of file")
+        value |= (byte[0] & 0x7F) << shift
+        if byte[0] < 0x80:
+            return value
+    raise ValueError("a number is too long")
