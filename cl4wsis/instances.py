@@ -82,7 +82,9 @@ class Instances:
         Returns:
             (N, H, W) bool. This allocates N full images; prefer ``instance_ids`` where it serves.
         """
-        return self.instance_ids[None] == np.arange(1, len(self) + 1, dtype=np.int32)[:, None, None]
+        ids = np.arange(1, len(self) + 1, dtype=np.int32)
+        masks: NDArray[np.bool_] = self.instance_ids[None] == ids[:, None, None]
+        return masks
 
     def select(self, keep: NDArray[Any]) -> "Instances":
         """Keep some instances.

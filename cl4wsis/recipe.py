@@ -87,7 +87,7 @@ class SemanticPhase(Settings):
     flac: bool = True
     """Feature-level augmentation consistency of the activation maps."""
     flac_average: Literal["logits", "probabilities"] = "logits"
-    """What FLAC averages: logits of the new classes (the authors' code), or probabilities of all classes (the paper)."""
+    """What FLAC averages: logits of the new classes (the authors' code), or probabilities of all classes (paper)."""
     random_dropout: bool = True
     """Random dropout of old classes on new-class pixels."""
     random_dropout_background: bool = True
