@@ -1,7 +1,7 @@
 """The step folder: what training leaves behind for export, evaluation and the next step.
 
-``runs/<plan>/step-<t>/`` holds ``segmenter.safetensors`` and ``step.json``; this module reads and writes the latter, and
-finds steps. A folder is complete when it has its final name: it is written under a temporary one and renamed.
+``runs/<plan>/step-<t>/`` holds ``segmenter.safetensors`` and ``step.json``; this module reads and writes the latter,
+and finds steps. A folder is complete when it has its final name: it is written under a temporary one and renamed.
 """
 
 import hashlib
@@ -10,7 +10,7 @@ import re
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 
 from cl4wsis.config import Settings
 from cl4wsis.errors import RunError
@@ -34,7 +34,7 @@ class InputRule(Settings):
     """What the network expects of its input: RGB, (image - mean) / std, values of image in 0..255."""
 
     size: tuple[int, int]
-    """(height, width), px; an image is fitted into it with its aspect kept, and padded right and below with the mean."""
+    """(height, width), px; an image is fitted into it, its aspect kept, and padded right and below with the mean."""
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
 
@@ -57,23 +57,37 @@ class StepInfo(Settings):
     """Weights of the step this one was trained from; none for step 0."""
     seconds: dict[str, float]
     """Training time of each phase."""
-    metrics: dict[str, Any] = {}
+    metrics: dict[str, Any] = Field(default_factory=dict)
     """Result of the evaluation after training, as written by ``cl4wsis.metrics``."""
-    versions: dict[str, str] = {}
+    versions: dict[str, str] = Field(default_factory=dict)
     """Versions of cl4wsis, torch and timm."""
 
 
-def step_folder(run: Path, step: int) -> Path:
-    """Return the folder of a step, which need not exist."""
-    return run / f"step-{step}"
+def step_folder(run: Path, step: int, method: str = "cl4wsis") -> Path:
+    """Return the folder of a step, which need not exist.
+
+    Supervised baselines stand in a folder of their own within the run. They share the base step, but for ``joint``,
+    which begins anew at every step.
+
+    Args:
+        run: run folder.
+        step: step number.
+        method: ``recipe.method`` of the plan.
+    """
+    shared = method == "cl4wsis" or (step == 0 and method != "joint")
+    return (run if shared else run / method) / f"step-{step}"
 
 
-def trained_steps(run: Path) -> list[int]:
+def trained_steps(run: Path, method: str = "cl4wsis") -> list[int]:
     """List the complete steps of a run, in order."""
-    if not run.is_dir():
-        return []
-    found = (re.fullmatch(r"step-(\d+)", path.name) for path in run.iterdir() if (path / STEP_FILE).is_file())
-    return sorted(int(match[1]) for match in found if match)
+    parents = {step_folder(run, step, method).parent for step in (0, 1)}
+    found = (
+        re.fullmatch(r"step-(\d+)", path.parent.name)
+        for parent in parents
+        for path in parent.glob(f"step-*/{STEP_FILE}")
+    )
+    steps = {int(match[1]) for match in found if match}
+    return sorted(step for step in steps if (step_folder(run, step, method) / STEP_FILE).is_file())
 
 
 def read_step(folder: Path) -> StepInfo:

@@ -1,0 +1,60 @@
+"""``cl4wsis train-step``: train one step of a plan."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from cl4wsis.cli.options import ConfigOption, DeviceOption, JsonOption, RunOption, SetOption
+
+
+def train_step(
+    config: ConfigOption = "shapes",
+    step: Annotated[
+        int | None, typer.Option(help="Step to train; the first that is not trained yet when not given.")
+    ] = None,
+    run: RunOption = None,
+    settings: SetOption = None,
+    method: Annotated[
+        str | None,
+        typer.Option(help="cl4wsis, or a supervised baseline: fine-tune or joint. Short for --set recipe.method=..."),
+    ] = None,
+    with_previous: Annotated[
+        bool, typer.Option("--with-previous", help="Train the steps before this one first where they are missing.")
+    ] = False,
+    device: DeviceOption = "auto",
+    devices: Annotated[
+        str, typer.Option(help="Processes on this machine: a number, or auto (all GPUs, or one process on a CPU).")
+    ] = "auto",
+    evaluate: Annotated[bool, typer.Option(help="Measure the trained network on the plan's evaluation images.")] = True,
+    as_json: JsonOption = False,
+) -> None:
+    """Train one step of a plan, from masks in step 0 and from image tags afterwards."""
+    from cl4wsis.cli.report import print_step
+    from cl4wsis.errors import RunError, require
+    from cl4wsis.steps import step_folder, trained_steps
+    from cl4wsis.tasks import load_plan
+
+    overrides = [*(settings or []), *([f"recipe.method={method}"] if method else [])]
+    plan = load_plan(config, overrides)
+    folder = run or Path("runs") / plan.name
+    if step is None:
+        done = trained_steps(folder, plan.recipe.method)
+        missing = [s for s in range(plan.num_steps) if s not in done]
+        if not missing:
+            raise RunError(f"all {plan.num_steps} steps of plan '{plan.name}' are trained already, see {folder}")
+        step = missing[0]
+    plan.split(step)
+    require("train")
+    from cl4wsis_train.trainer import build_fabric, missing_steps
+    from cl4wsis_train.trainer import train_step as train
+
+    fabric = build_fabric(plan, device, int(devices) if devices.isdigit() else devices)
+    for number in missing_steps(plan, step, folder) if with_previous else [step]:
+        train(plan, number, folder, fabric=fabric, report=_say)
+    if fabric.is_global_zero:
+        print_step(step_folder(folder, step, plan.recipe.method), as_json)
+
+
+def _say(text: str) -> None:
+    typer.echo(text, err=True)

@@ -1,0 +1,52 @@
+"""Measure an exported bundle on a plan's evaluation images, through the runtime that is deployed."""
+
+from collections.abc import Callable
+
+import numpy as np
+from cl4wsis.metrics import EvaluationReport, evaluate_predictions
+
+from cl4wsis.datasets import load_evaluation_set
+from cl4wsis.errors import BundleError
+from cl4wsis.instances import Instances
+from cl4wsis.tasks import Plan
+from cl4wsis_serve.predictor import Predictor
+
+_BATCH_SIZE = 4
+
+
+def evaluate_predictor(
+    predictor: Predictor, plan: Plan, progress: Callable[[int, int], None] | None = None
+) -> EvaluationReport:
+    """Measure a bundle; objects of classes it does not know count as background.
+
+    A bundle answers with instances alone, so the class map behind mIoU is that of its instances.
+
+    Args:
+        predictor: an open bundle.
+        plan: gives the evaluation images.
+        progress: called with the number of images done and of all.
+
+    Raises:
+        BundleError: the bundle's classes are not those of the plan at the bundle's step.
+    """
+    step = predictor.manifest.step
+    expected = plan.split(step).seen_names if step < plan.num_steps else ()
+    found = tuple(info.name for info in predictor.manifest.classes)
+    if found != expected:
+        raise BundleError(
+            f"the bundle of step {step} knows {', '.join(found)}; plan '{plan.name}' has "
+            f"{', '.join(expected) or 'no such step'}: give the plan it was trained on with --config"
+        )
+    samples = load_evaluation_set(plan, step)
+    predictions: list[Instances] = []
+    ground_truths: list[Instances] = []
+    for start in range(0, len(samples), _BATCH_SIZE):
+        batch = [samples[index] for index in range(start, min(start + _BATCH_SIZE, len(samples)))]
+        predictions += predictor.predict_batch([sample.image for sample in batch])
+        ground_truths += [
+            Instances.from_ids(sample.instance_ids, sample.labels, np.ones(len(sample.labels), np.float32))
+            for sample in batch
+        ]
+        if progress is not None:
+            progress(len(predictions), len(samples))
+    return evaluate_predictions(predictions, ground_truths, plan.split(step))

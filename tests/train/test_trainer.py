@@ -1,0 +1,181 @@
+"""Whole steps on a handful of drawn pictures: folders, lineage, resuming, baselines, several processes."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from cl4wsis.errors import RunError
+from cl4wsis.steps import read_step, step_folder, trained_steps
+from cl4wsis.tasks import Plan, load_plan
+from cl4wsis_train import trainer
+from cl4wsis_train.checkpoint import load_step, load_tensors
+from cl4wsis_train.trainer import build_fabric, missing_steps, train_step
+
+TINY = [
+    "data.num_train=8",
+    "data.num_val=4",
+    "data.image_size=64",
+    "recipe.crop_size=64",
+    "recipe.input_size=[64, 64]",
+    "recipe.network.weights=none",
+    "recipe.network.semantic_channels=16",
+    "recipe.network.instance_channels=16",
+    "recipe.network.decoder_channels=16",
+    "recipe.network.localizer_channels=16",
+    "recipe.base.epochs=2",
+    "recipe.base.batch_size=4",
+    "recipe.semantic.epochs=2",
+    "recipe.semantic.batch_size=4",
+    "recipe.semantic.optimizer.warmup_epochs=1",
+    "recipe.instance.epochs=2",
+    "recipe.instance.batch_size=4",
+    "recipe.log_every=1",
+]
+
+
+def tiny_plan(*overrides: str) -> Plan:
+    return load_plan("shapes", [*TINY, *overrides])
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run with steps 0 and 1."""
+    folder = tmp_path_factory.mktemp("run")
+    for step in (0, 1):
+        train_step(tiny_plan(), step, folder, fabric=build_fabric(tiny_plan(), "cpu"))
+    return folder
+
+
+def test_steps_leave_complete_folders(run: Path) -> None:
+    assert trained_steps(run) == [0, 1]
+    network, info = load_step(step_folder(run, 1))
+    assert [c.name for c in info.classes] == list(tiny_plan().split(1).seen_names)
+    assert [c.step_added for c in info.classes] == [0, 0, 0, 0, 1, 1]
+    assert network.class_counts == (4, 2)
+    assert info.parent_sha256 == read_step(step_folder(run, 0)).weights_sha256
+    assert set(info.seconds) == {"semantic", "instance"}
+    assert info.metrics
+
+
+def test_folder_holds_no_training_state_and_no_pickle(run: Path) -> None:
+    names = {path.name for path in step_folder(run, 1).iterdir()}
+    assert names == {"segmenter.safetensors", "step.json", "semantic.safetensors", "metrics.jsonl", "tensorboard"}
+    assert not list(run.glob("*.partial"))
+
+
+def test_losses_of_every_phase_are_logged(run: Path) -> None:
+    lines = [json.loads(line) for line in (step_folder(run, 1) / "metrics.jsonl").read_text().splitlines()]
+    names = {(line["phase"], name) for line in lines for name in line["losses"]}
+    assert names == {
+        *(("semantic", name) for name in ("classification", "peak", "localizer_distillation", "flac")),
+        *(("semantic", name) for name in ("encoder_distillation", "semantic", "self_training", "random_dropout")),
+        *(("instance", name) for name in ("center_old", "offset_old", "center_new", "offset_new")),
+    }
+    assert all(value == value for line in lines for value in line["losses"].values())  # no NaN
+    warm = [line for line in lines if line["phase"] == "semantic" and line["epoch"] == 0]
+    assert all("self_training" not in line["losses"] for line in warm)
+
+
+def test_phase_2_trains_the_instance_branch_alone(run: Path) -> None:
+    phase_1 = load_tensors(step_folder(run, 1) / "semantic.safetensors")
+    final = load_tensors(step_folder(run, 1) / "segmenter.safetensors")
+    changed = {name for name, tensor in final.items() if not torch.equal(tensor, phase_1[f"network.{name}"])}
+    assert changed
+    assert all(name.startswith("instance_branch.") for name in changed)
+
+
+def test_phase_1_leaves_the_instance_branch_alone(run: Path) -> None:
+    base = load_tensors(step_folder(run, 0) / "segmenter.safetensors")
+    phase_1 = load_tensors(step_folder(run, 1) / "semantic.safetensors")
+    old = [name for name in base if name.startswith("instance_branch.")]
+    assert all(torch.equal(base[name], phase_1[f"network.{name}"]) for name in old)
+
+
+def test_old_network_is_untouched_by_training(run: Path) -> None:
+    base = load_tensors(step_folder(run, 0) / "segmenter.safetensors")
+    phase_1 = load_tensors(step_folder(run, 1) / "semantic.safetensors")
+    assert all(torch.equal(tensor, phase_1[f"old_network.{name}"]) for name, tensor in base.items())
+
+
+def test_training_twice_gives_the_same_weights(run: Path, tmp_path: Path) -> None:
+    again = train_step(tiny_plan(), 0, tmp_path, fabric=build_fabric(tiny_plan(), "cpu"), evaluate=False)
+    assert read_step(again).weights_sha256 == read_step(step_folder(run, 0)).weights_sha256
+
+
+@pytest.mark.parametrize(("phase", "epoch"), [("semantic", 1), ("instance", 0), ("instance", 1)])
+def test_interrupted_step_ends_as_if_it_had_not_been(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, phase: str, epoch: int
+) -> None:
+    (tmp_path / "step-0").symlink_to(step_folder(run, 0))
+    monkeypatch.setattr(trainer, "_SECONDS_BETWEEN_SAVES", 0.0)
+    original = trainer.set_learning_rate
+
+    def interrupt(optimizer, settings, iteration, per_epoch, epochs):  # type: ignore[no-untyped-def]
+        wanted = tiny_plan().recipe.semantic if phase == "semantic" else tiny_plan().recipe.instance
+        if settings == wanted.optimizer and iteration == epoch * per_epoch + 1:
+            raise KeyboardInterrupt
+        original(optimizer, settings, iteration, per_epoch, epochs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, "set_learning_rate", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            train_step(tiny_plan(), 1, tmp_path, fabric=build_fabric(tiny_plan(), "cpu"), evaluate=False)
+    assert not step_folder(tmp_path, 1).exists()
+    train_step(tiny_plan(), 1, tmp_path, fabric=build_fabric(tiny_plan(), "cpu"), evaluate=False)
+    found, expected = (read_step(step_folder(folder, 1)).weights_sha256 for folder in (tmp_path, run))
+    assert found == expected
+
+
+def test_missing_previous_step_is_named(tmp_path: Path) -> None:
+    with pytest.raises(RunError, match=r"starts from step 1.*--with-previous"):
+        train_step(tiny_plan(), 2, tmp_path)
+
+
+def test_trained_step_is_not_overwritten(run: Path) -> None:
+    with pytest.raises(RunError, match="trained already"):
+        train_step(tiny_plan(), 1, run)
+
+
+def test_step_of_another_lineage_is_refused(run: Path, tmp_path: Path) -> None:
+    (tmp_path / "step-1").symlink_to(step_folder(run, 1))
+    plan = tiny_plan("recipe.seed=1")
+    train_step(plan, 0, tmp_path, fabric=build_fabric(plan, "cpu"), evaluate=False)
+    with pytest.raises(RunError, match="was trained from weights"):
+        train_step(plan, 2, tmp_path)
+
+
+def test_step_of_another_plan_is_refused(run: Path) -> None:
+    other = tiny_plan('steps=[["disc", "square", "triangle", "star"], ["heart"], ["ring"], ["cross"]]')
+    with pytest.raises(RunError, match="trained on another plan"):
+        train_step(other, 2, run)
+
+
+def test_missing_steps_are_listed_in_order(run: Path) -> None:
+    assert missing_steps(tiny_plan(), 2, run) == [2]
+    assert missing_steps(tiny_plan("recipe.method=fine-tune"), 2, run) == [1, 2]
+    assert missing_steps(tiny_plan("recipe.method=joint"), 2, run) == [2]
+
+
+@pytest.mark.parametrize(("method", "parent"), [("fine-tune", True), ("joint", False)])
+def test_baselines_share_the_base_step_or_begin_anew(run: Path, method: str, parent: bool) -> None:
+    plan = tiny_plan(f"recipe.method={method}", "recipe.base.epochs=1")
+    folder = train_step(plan, 1, run, fabric=build_fabric(plan, "cpu"), evaluate=False)
+    assert folder == run / method / "step-1"
+    assert (read_step(folder).parent_sha256 is not None) == parent
+    assert set(read_step(folder).seconds) == {"base"}
+
+
+@pytest.mark.slow
+def test_two_processes_train_every_phase(tmp_path: Path) -> None:
+    settings = [part for override in TINY for part in ("--set", override)]
+    command = [sys.executable, "-m", "cl4wsis", "train-step", "--step", "1", "--with-previous", "--run", str(tmp_path)]
+    command += ["--device", "cpu", "--devices", "2", *settings]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    finished = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=240, check=False)
+    assert finished.returncode == 0, finished.stderr
+    assert trained_steps(tmp_path) == [0, 1]

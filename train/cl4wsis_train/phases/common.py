@@ -1,0 +1,50 @@
+"""What the phases share: the type of their answer, upsampling, and counts over all processes."""
+
+from collections.abc import Sequence
+
+import torch
+import torch.distributed
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+Losses = dict[str, Tensor]
+"""Weighted losses by name; their sum is what is minimised."""
+
+
+def upsample(maps: Tensor, size: Sequence[int]) -> Tensor:
+    """Resize maps bilinearly (half-pixel convention) in float32.
+
+    Args:
+        maps: (B, C, h, w).
+        size: (H, W).
+
+    Returns:
+        (B, C, H, W) float32.
+    """
+    return F.interpolate(maps.float(), size=tuple(size), mode="bilinear", align_corners=False)
+
+
+def global_count(loss_weight: Tensor) -> Tensor:
+    """Count the pixels that carry weight, averaged over all processes.
+
+    Every process divides its sum by this number; the average of their gradients is then the gradient of one process
+    that sees the whole batch.
+
+    Args:
+        loss_weight: any shape; pixels above 0 count.
+
+    Returns:
+        Scalar float32.
+    """
+    count = (loss_weight > 0).sum().float()
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.all_reduce(count)
+        count = count / torch.distributed.get_world_size()
+    return count
+
+
+def freeze(module: nn.Module) -> nn.Module:
+    """Switch a module to evaluation mode and take its parameters out of training."""
+    for parameter in module.parameters():
+        parameter.requires_grad_(False)
+    return module.eval()

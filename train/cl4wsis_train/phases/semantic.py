@@ -1,0 +1,163 @@
+"""Phase 1: learn where the new classes are from image tags, while the old network guards the old classes.
+
+CL4WSIS (ICCV 2023), section 3.2, with the parts it inherits from WILSON (CVPR 2022): an auxiliary decoder, the
+localizer, turns encoder features into activation maps; tags supervise it through pooling and through the peak
+generator. After some warm-up epochs its maps, mixed with the old network's probabilities, become the target of the
+Segmenter's semantic branch.
+
+Legend: Z activation logits of the localizer, P' old probabilities, G semantic target, o old channels with background.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from cl4wsis.recipe import Recipe
+from cl4wsis.tasks import ClassSplit
+from cl4wsis_train.data.batch import Batch
+from cl4wsis_train.losses.cam import flac_loss, random_dropout_loss
+from cl4wsis_train.losses.distill import encoder_distillation_loss, localizer_distillation_loss
+from cl4wsis_train.losses.semantic import classification_loss, self_training_loss, semantic_bce_loss
+from cl4wsis_train.models.affinity import PixelAdaptiveRefinement
+from cl4wsis_train.models.localizer import Localizer, PeakGenerator, normalized_global_weighted_pooling
+from cl4wsis_train.models.network import InstanceSegmenter
+from cl4wsis_train.phases.common import Losses, freeze
+from cl4wsis_train.pseudo.semantic import random_dropout_mask, self_training_target, semantic_target
+
+
+class SemanticPhase(nn.Module):
+    """Encoder, semantic branch, localizer and peak generator in training, against a frozen old network.
+
+    Args:
+        network: the Segmenter, started from the previous step's weights; its instance branch takes no part.
+        old_network: the previous step's Segmenter.
+        recipe: of the plan.
+        split: classes of the step.
+        all_seen_labels: tags of old classes are given and used as well (the publication's ASLA setting).
+    """
+
+    def __init__(
+        self,
+        network: InstanceSegmenter,
+        old_network: InstanceSegmenter,
+        recipe: Recipe,
+        split: ClassSplit,
+        all_seen_labels: bool = False,
+    ) -> None:
+        super().__init__()
+        self.all_seen_labels = all_seen_labels
+        self.network = network
+        self.localizer = Localizer(network.encoder.channels[-1], recipe.network.localizer_channels, split.num_classes)
+        self.peak_generator = PeakGenerator(split.num_new_classes) if recipe.semantic.peak_generator else None
+        self.old_network = freeze(old_network)
+        self.refinement = PixelAdaptiveRefinement()
+        self.settings = recipe.semantic
+        self.split = split
+        for parameter in network.instance_branch.parameters():
+            parameter.requires_grad_(False)
+
+    def train(self, mode: bool = True) -> "SemanticPhase":
+        """Set the mode of the trained parts; the old network stays in evaluation mode."""
+        super().train(mode)
+        self.old_network.eval()
+        return self
+
+    def forward(self, batch: Batch, epoch: int) -> Losses:
+        """Return the weighted losses of a batch that has tags only."""
+        images = self.network.normalize(batch.images)
+        features = self.network.encoder(images)
+        last = features[-1]
+        with torch.no_grad():
+            old_features = self.old_network.encoder(images)
+            old_probs = self.old_network.forward_semantic(old_features).float().sigmoid()  # (B, o, h, w)
+
+        quarter_turns = int(torch.randint(1, 4, ()))
+        cam_logits, flipped, rotated = self._cam_logits(last, quarter_turns)
+        losses = self._tag_losses(cam_logits, batch.image_labels)
+        if self.settings.localizer_distillation:
+            guide = self._without_absent_classes(old_probs, batch.image_labels)
+            loss = localizer_distillation_loss(cam_logits, guide)
+            losses["localizer_distillation"] = self.settings.localizer_distillation * loss
+        if self.settings.encoder_distillation:
+            loss = encoder_distillation_loss(last, old_features[-1])
+            losses["encoder_distillation"] = self.settings.encoder_distillation * loss
+        if flipped is not None and rotated is not None:
+            losses["flac"] = flac_loss(
+                cam_logits, flipped, rotated, quarter_turns, self.split.num_old_classes, self.settings.flac_average
+            )
+        if epoch >= self.settings.optimizer.warmup_epochs:
+            eval_logits = self._eval_cam_logits(last)
+            semantic_logits = self.network.forward_semantic(features)
+            losses |= self._pseudo_label_losses(batch, cam_logits, eval_logits, semantic_logits, old_probs)
+        return losses
+
+    def _cam_logits(self, features: Tensor, quarter_turns: int) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Run the localizer on features and, for FLAC, on their mirror image and rotation in one batch."""
+        if not self.settings.flac:
+            return self.localizer(features).float(), None, None
+        views = (features, features.flip(3), torch.rot90(features, quarter_turns, (2, 3)))
+        original, flipped, rotated = self.localizer(torch.cat(views)).float().chunk(3)
+        return original, flipped, rotated
+
+    def _eval_cam_logits(self, features: Tensor) -> Tensor:
+        """Run the localizer with stored statistics and without gradient, as pseudo labels are made."""
+        self.localizer.eval()
+        with torch.no_grad():
+            logits: Tensor = self.localizer(features.detach()).float()
+        self.localizer.train(self.training)
+        return logits
+
+    def _clipped(self, cam_logits: Tensor) -> Tensor:
+        """Clip new-class logits at 0 for the losses that see them so in the published code."""
+        if not (self.settings.clip_new_logits and self.peak_generator is not None):
+            return cam_logits
+        old, new = cam_logits[:, self.split.semantic_old], cam_logits[:, self.split.semantic_new]
+        return torch.cat([old, new.relu()], dim=1)
+
+    def _without_absent_classes(self, old_probs: Tensor, image_labels: Tensor) -> Tensor:
+        """Silence old classes that an image does not hold, when its tags tell so."""
+        if not self.all_seen_labels:
+            return old_probs
+        present = _with_background(image_labels[:, self.split.center_old])
+        return old_probs * present[:, :, None, None]
+
+    def _tag_losses(self, cam_logits: Tensor, image_labels: Tensor) -> Losses:
+        """Supervise the localizer and the peak generator with the tags."""
+        split = self.split
+        pooled = normalized_global_weighted_pooling(self._clipped(cam_logits))[:, 1:]  # (B, C-1)
+        tagged = slice(None) if self.all_seen_labels else split.center_new
+        losses = {"classification": classification_loss(pooled[:, tagged], image_labels[:, tagged])}
+        if self.peak_generator is not None:
+            peaks = self.peak_generator(cam_logits[:, split.semantic_new])
+            pooled_peaks = self.peak_generator.pooled_logits(peaks)
+            losses["peak"] = classification_loss(pooled_peaks, image_labels[:, split.center_new])
+        return losses
+
+    def _pseudo_label_losses(
+        self, batch: Batch, cam_logits: Tensor, eval_logits: Tensor, semantic_logits: Tensor, old_probs: Tensor
+    ) -> Losses:
+        """Train the semantic branch, and the localizer on itself, with what the localizer has learned so far."""
+        settings, split, labels = self.settings, self.split, batch.image_labels
+        target = semantic_target(eval_logits, old_probs, labels, settings.label_smoothing)
+        losses = {"semantic": semantic_bce_loss(semantic_logits, target)}
+        if settings.self_training:
+            hard = self_training_target(eval_logits, batch.images.float() / 255, labels, self.refinement)
+            losses["self_training"] = self_training_loss(self._clipped(cam_logits), hard, labels)
+        if settings.random_dropout:
+            mask = random_dropout_mask(eval_logits, labels, split)
+            first = 0 if settings.random_dropout_background else 1
+            classes = torch.randint(first, split.num_old_classes + 1, mask.shape, device=mask.device)
+            if self.all_seen_labels:
+                mask = mask & _is_present(classes, labels)
+            losses["random_dropout"] = random_dropout_loss(cam_logits, mask, classes)
+        return losses
+
+
+def _with_background(image_labels: Tensor) -> Tensor:
+    """Put a column of ones for background in front of tags: (B, n) -> (B, n + 1)."""
+    return torch.cat([torch.ones_like(image_labels[:, :1]), image_labels], dim=1)
+
+
+def _is_present(classes: Tensor, image_labels: Tensor) -> Tensor:
+    """Tell for each pixel's channel number (B, h, w) whether its image holds that class; background always is."""
+    present = _with_background(image_labels) > 0
+    return present.gather(1, classes.flatten(1)).view_as(classes)

@@ -1,0 +1,351 @@
+"""The loop: one step of a plan, phase by phase, from the previous step's folder to the new one.
+
+``train_step`` reads as the story: check the data, build the phases, run each over its epochs, evaluate, rename the
+folder. Devices, precision and processes are lightning-fabric's.
+"""
+
+import hashlib
+import logging
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+import lightning_fabric
+import timm
+import torch
+from lightning_fabric import Fabric
+from torch import nn
+
+import cl4wsis
+from cl4wsis.datasets import check_sources
+from cl4wsis.errors import RunError
+from cl4wsis.recipe import OptimizerSettings
+from cl4wsis.steps import (
+    WEIGHTS_FILE,
+    ClassInfo,
+    InputRule,
+    StepInfo,
+    file_sha256,
+    read_step,
+    step_folder,
+    write_step_info,
+)
+from cl4wsis.tasks import ClassSplit, Plan, class_color
+from cl4wsis_train.checkpoint import (
+    Progress,
+    drop_progress,
+    load_step,
+    load_tensors,
+    read_progress,
+    restore_progress,
+    save_progress,
+    save_tensors,
+)
+from cl4wsis_train.data.loading import build_training_loader
+from cl4wsis_train.evaluate import evaluate_network
+from cl4wsis_train.log import TrainingLog
+from cl4wsis_train.models.network import InstanceSegmenter
+from cl4wsis_train.optim import build_optimizer, set_learning_rate
+from cl4wsis_train.phases.base import BasePhase
+from cl4wsis_train.phases.instance import InstancePhase
+from cl4wsis_train.phases.semantic import SemanticPhase
+
+logger = logging.getLogger(__name__)
+
+PhaseName = Literal["base", "semantic", "instance"]
+_SEMANTIC_RESULT = "semantic.safetensors"
+_SECONDS_BETWEEN_SAVES = 30.0
+
+
+def train_step(
+    plan: Plan,
+    step: int,
+    run: Path,
+    *,
+    fabric: Fabric | None = None,
+    evaluate: bool = True,
+    report: Callable[[str], None] = logger.info,
+) -> Path:
+    """Train one step of a plan and leave its folder behind.
+
+    An interrupted step goes on after its last saved epoch, with the same result as without the interruption.
+
+    Args:
+        plan: resolved plan; ``plan.recipe.method`` selects the method or a supervised baseline.
+        step: 0 for the base step.
+        run: run folder; the step is written to ``step_folder(run, step, method)``.
+        fabric: launched fabric with devices and precision; one device chosen automatically when not given.
+        evaluate: measure the trained network on the plan's evaluation images.
+        report: receives lines about what happens.
+
+    Returns:
+        The complete step folder.
+
+    Raises:
+        RunError: the step exists already, the previous one is missing, or belongs to another lineage.
+        DataError: the data is broken; found before training starts.
+    """
+    method = plan.recipe.method
+    folder = step_folder(run, step, method)
+    if folder.exists():
+        raise RunError(f"{folder}: step {step} is trained already; delete the folder to train it again")
+    previous = previous_folder(plan, step, run)
+    check_sources(plan, step)
+    fabric = fabric or build_fabric(plan)
+    return _StepTraining(plan, step, folder, previous, fabric, report).run(evaluate)
+
+
+def build_fabric(plan: Plan, device: str = "auto", num_devices: int | str = "auto") -> Fabric:
+    """Build and launch a fabric.
+
+    Args:
+        plan: gives the precision.
+        device: ``auto``, ``cpu``, ``cuda`` or ``mps``.
+        num_devices: processes on this machine; ``auto`` is one on a CPU and all GPUs otherwise. Under ``torchrun`` or
+            ``fabric run`` the launcher decides.
+    """
+    if device in ("auto", "cpu") and num_devices == "auto" and not torch.cuda.is_available():
+        num_devices = 1
+    fabric = Fabric(
+        accelerator=device, devices=num_devices, precision=plan.recipe.precision, strategy=_strategy(num_devices)
+    )
+    fabric.launch()
+    return fabric
+
+
+def _strategy(num_devices: int | str) -> Any:
+    """Leave out-of-use parameters be: heads that wait for the warm-up to end get no gradient."""
+    if num_devices == 1 and not torch.distributed.is_torchelastic_launched():
+        return "auto"
+    return lightning_fabric.strategies.DDPStrategy(find_unused_parameters=True)
+
+
+def missing_steps(plan: Plan, step: int, run: Path) -> list[int]:
+    """List the steps up to and including this one that are still to be trained for it, in order."""
+    first = step if plan.recipe.method == "joint" else 0
+    numbers = range(first, step + 1)
+    return [number for number in numbers if not step_folder(run, number, plan.recipe.method).exists()]
+
+
+def previous_folder(plan: Plan, step: int, run: Path) -> Path | None:
+    """Find the step that this one starts from, and check that it belongs to the plan.
+
+    Raises:
+        RunError: it is missing, or its classes are others.
+    """
+    if step == 0 or plan.recipe.method == "joint":
+        plan.split(step)
+        return None
+    folder = step_folder(run, step - 1, plan.recipe.method)
+    if not folder.exists():
+        raise RunError(
+            f"step {step} of plan '{plan.name}' starts from step {step - 1}, which is not in {folder}; "
+            f"train it first (cl4wsis train-step --step {step - 1}) or add --with-previous"
+        )
+    info = read_step(folder)
+    found, expected = tuple(c.name for c in info.classes), plan.split(step).old_names
+    if found != expected:
+        raise RunError(f"{folder}: was trained on another plan: it knows {found}, step {step} expects {expected}")
+    if info.step > 0 and info.parent_sha256 is not None:
+        _check_lineage(info, step_folder(run, info.step - 1, plan.recipe.method))
+    return folder
+
+
+def _check_lineage(info: StepInfo, parent: Path) -> None:
+    """Refuse a step whose parent was trained anew since; a parent that was removed is no reason to refuse."""
+    if parent.exists() and read_step(parent).weights_sha256 != info.parent_sha256:
+        raise RunError(
+            f"step {info.step} was trained from weights {str(info.parent_sha256)[:12]}, but {parent} holds "
+            f"{read_step(parent).weights_sha256[:12]}; train step {info.step} again"
+        )
+
+
+class _StepTraining:
+    """The parts of one step's training: its folder, its networks, and the phases run so far."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        step: int,
+        folder: Path,
+        previous: Path | None,
+        fabric: Fabric,
+        report: Callable[[str], None],
+    ) -> None:
+        self.plan, self.step, self.folder, self.previous = plan, step, folder, previous
+        self.fabric, self.report = fabric, report
+        self.recipe = plan.recipe
+        self.split = plan.split(step)
+        self.partial = folder.with_name(folder.name + ".partial")
+        self.seconds: dict[str, float] = {}
+        self.plan_sha256 = hashlib.sha256(plan.model_dump_json().encode()).hexdigest()
+
+    def run(self, evaluate: bool) -> Path:
+        """Train all phases, evaluate, and give the folder its final name."""
+        if self.fabric.is_global_zero:
+            self.partial.mkdir(parents=True, exist_ok=True)
+        self.fabric.barrier()
+        progress = read_progress(self.partial, self.plan_sha256)
+        if progress is not None:
+            self.seconds = dict(progress.seconds)
+            self.report(f"going on with phase {progress.phase} after {progress.epochs_done} epochs")
+        with TrainingLog(self.partial, self.fabric.is_global_zero, resume=progress is not None) as log:
+            network = self._run_phases(progress, log)
+        if self.fabric.is_global_zero:
+            self._finish(network, evaluate)
+        self.fabric.barrier()
+        return self.folder
+
+    def _run_phases(self, progress: Progress | None, log: TrainingLog) -> InstanceSegmenter:
+        torch.manual_seed(self._seed("start", 0))
+        network, old_network = (
+            model and model.to(memory_format=torch.channels_last) for model in self._build_networks()
+        )
+        assert network is not None
+        if self.recipe.method != "cl4wsis" or self.step == 0:
+            base = BasePhase(network, self.recipe)
+            self._run_phase("base", base, self.recipe.base.epochs, self.recipe.base.optimizer, progress, log)
+            return network
+        assert old_network is not None
+        semantic = SemanticPhase(network, old_network, self.recipe, self.split, self.plan.all_seen_labels)
+        result = self.partial / _SEMANTIC_RESULT
+        if progress is None or progress.phase == "semantic":
+            settings = self.recipe.semantic
+            self._run_phase("semantic", semantic, settings.epochs, settings.optimizer, progress, log)
+            self._save_on_main(result, semantic.state_dict())
+            progress = None
+        else:
+            semantic.load_state_dict(load_tensors(result))
+        instance = InstancePhase(semantic, self.recipe, self.plan.all_seen_labels)
+        settings_2 = self.recipe.instance
+        self._run_phase("instance", instance, settings_2.epochs, settings_2.optimizer, progress, log)
+        return network
+
+    def _build_networks(self) -> tuple[InstanceSegmenter, InstanceSegmenter | None]:
+        """Build the network of this step, started from the previous one, and the previous one itself."""
+        counts = _class_counts(self.plan, self.step)
+        if self.previous is None:
+            return InstanceSegmenter(self.recipe.network, counts), None
+        old_network, info = load_step(self.previous)
+        network = InstanceSegmenter(info.network.model_copy(update={"weights": "none"}), counts)
+        network.load_previous(old_network.state_dict())
+        return network, old_network
+
+    def _run_phase(
+        self,
+        name: PhaseName,
+        phase: nn.Module,
+        epochs: int,
+        settings: OptimizerSettings,
+        progress: Progress | None,
+        log: TrainingLog,
+    ) -> None:
+        """Run one phase over its remaining epochs."""
+        fabric = self.fabric
+        batch_size = getattr(self.recipe, name).batch_size
+        loader = build_training_loader(
+            self.plan, self.step, name, max(1, batch_size // fabric.world_size), self._seed(name, 0)
+        )
+        fabric_loader = fabric.setup_dataloaders(loader)
+        network = phase.network
+        encoder = list(network.encoder.parameters())
+        known = {id(parameter) for parameter in encoder}
+        heads = [parameter for parameter in phase.parameters() if id(parameter) not in known]
+        if fabric.world_size > 1 and fabric.device.type == "cuda":
+            nn.SyncBatchNorm.convert_sync_batchnorm(phase)
+        optimizer = build_optimizer(settings, encoder, heads)
+        model, fabric_optimizer = fabric.setup(phase, optimizer)
+        first_epoch, iteration = 0, 0
+        if progress is not None and progress.phase == name:
+            restore_progress(self.partial, phase, optimizer)
+            first_epoch, iteration = progress.epochs_done, progress.iteration
+        seconds_before, start, last_save = self.seconds.get(name, 0.0), time.monotonic(), time.monotonic()
+        per_epoch = len(fabric_loader)
+        log.start_phase(name, epochs * per_epoch, iteration)
+        for epoch in range(first_epoch, epochs):
+            phase.train()
+            self._seed_epoch(fabric_loader, loader, name, epoch)
+            for batch in fabric_loader:
+                set_learning_rate(optimizer, settings, iteration, per_epoch, epochs)
+                losses = model(batch.to(fabric.device), epoch)
+                fabric.backward(torch.stack(list(losses.values())).sum())
+                fabric_optimizer.step()
+                fabric_optimizer.zero_grad()
+                iteration += 1
+                log.update(iteration, epoch, losses, optimizer.param_groups[-1]["lr"], self.recipe.log_every)
+            self.seconds[name] = seconds_before + time.monotonic() - start
+            if time.monotonic() - last_save > _SECONDS_BETWEEN_SAVES or epoch + 1 == epochs:
+                last_save = time.monotonic()
+                self._save_progress(name, epoch + 1, iteration, phase, optimizer)
+        log.end_phase()
+
+    def _seed(self, phase: str, epoch: int) -> int:
+        """Derive the seed of a phase and epoch, so that an epoch runs alike with and without an interruption."""
+        text = f"{self.recipe.seed}/{self.step}/{phase}/{epoch}"
+        return int.from_bytes(hashlib.sha256(text.encode()).digest()[:6], "big")
+
+    def _seed_epoch(self, fabric_loader: Any, loader: Any, name: str, epoch: int) -> None:
+        """Seed the order of images, and, differently in each process, what is drawn at random."""
+        seed = self._seed(name, epoch + 1)
+        loader.generator.manual_seed(seed)
+        if hasattr(fabric_loader.sampler, "set_epoch"):
+            fabric_loader.sampler.set_epoch(epoch)
+        torch.manual_seed(seed + self.fabric.global_rank)
+
+    def _save_progress(
+        self, name: PhaseName, epochs_done: int, iteration: int, phase: nn.Module, optimizer: torch.optim.Optimizer
+    ) -> None:
+        if self.fabric.is_global_zero:
+            progress = Progress(
+                plan_sha256=self.plan_sha256,
+                phase=name,
+                epochs_done=epochs_done,
+                iteration=iteration,
+                seconds=self.seconds,
+            )
+            save_progress(self.partial, progress, phase, optimizer)
+        self.fabric.barrier()
+
+    def _save_on_main(self, path: Path, tensors: dict[str, Any]) -> None:
+        if self.fabric.is_global_zero:
+            save_tensors(path, tensors)
+        self.fabric.barrier()
+
+    def _finish(self, network: InstanceSegmenter, evaluate: bool) -> None:
+        """Write weights and ``step.json``, and rename the folder."""
+        network.eval()
+        weights = self.partial / WEIGHTS_FILE
+        save_tensors(weights, network.state_dict())
+        metrics: dict[str, Any] = {}
+        if evaluate:
+            self.report("evaluating")
+            metrics = evaluate_network(network, self.plan, self.step).model_dump(mode="json")
+        mean, std = network.mean, network.std
+        info = StepInfo(
+            plan=self.plan,
+            step=self.step,
+            classes=tuple(
+                ClassInfo(name=name, step_added=_step_of(self.plan, name), color=class_color(label))
+                for label, name in enumerate(self.split.seen_names)
+            ),
+            class_counts=_class_counts(self.plan, self.step),
+            network=network.settings,
+            input=InputRule(size=self.recipe.input_size, mean=mean, std=std),
+            weights_sha256=file_sha256(weights),
+            parent_sha256=read_step(self.previous).weights_sha256 if self.previous else None,
+            seconds={name: round(value, 1) for name, value in self.seconds.items()},
+            metrics=metrics,
+            versions={"cl4wsis": cl4wsis.__version__, "torch": torch.__version__, "timm": timm.__version__},
+        )
+        write_step_info(self.partial, info)
+        drop_progress(self.partial)
+        self.partial.rename(self.folder)
+
+
+def _class_counts(plan: Plan, step: int) -> tuple[int, ...]:
+    return tuple(len(names) for names in plan.steps[: step + 1])
+
+
+def _step_of(plan: Plan, name: str) -> int:
+    return next(step for step, names in enumerate(plan.steps) if name in names)
