@@ -1,1 +1,10 @@
-"""The runtime: images in, instances out, without torch."""
+"""The runtime: images in, instances out, without torch.
+
+from cl4wsis_serve import Predictor
+predictor = Predictor.open("shapes-step2.cl4wsis")
+instances = predictor.predict("photo.jpg")
+"""
+
+from cl4wsis_serve.predictor import BACKENDS, Predictor, backend_status
+
+__all__ = ["BACKENDS", "Predictor", "backend_status"]

@@ -44,12 +44,26 @@ class Writer(Protocol):
         """
         ...
 
+    def has(self, name: str) -> bool:
+        """Tell whether the answer for an image is there already, from an earlier run."""
+        ...
+
 
 class _FolderWriter:
     """What writers of single files share: a folder, and nothing to close."""
 
+    ending = ""
+    """Of the file that is written last."""
+
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+
+    def has(self, name: str) -> bool:
+        """Tell whether the files of an image are there already."""
+        return self._path(name, self.ending).is_file()
+
+    def _path(self, name: str, ending: str) -> Path:
+        return self.folder / f"{name}{ending}"
 
     def __enter__(self) -> Self:
         return self
@@ -70,6 +84,8 @@ class IdsWriter(_FolderWriter):
         classes: of the model, in label order.
         model: what made the answers (for example the hash of the graph); written into every sidecar.
     """
+
+    ending = ".json"
 
     def __init__(self, folder: Path, classes: Sequence[ClassInfo], model: dict[str, Any]) -> None:
         super().__init__(folder)
@@ -93,9 +109,6 @@ class IdsWriter(_FolderWriter):
             return Instances.from_ids(ids, [row["label"] for row in rows], [row["score"] for row in rows])
         except (OSError, ValueError, KeyError, TypeError, DataError):
             return None
-
-    def _path(self, name: str, ending: str) -> Path:
-        return self.folder / f"{name}{ending}"
 
     def _describe(self, name: str, instances: Instances) -> dict[str, Any]:
         height, width = instances.instance_ids.shape
@@ -128,6 +141,8 @@ class OverlayWriter(_FolderWriter):
         classes: of the model, in label order.
     """
 
+    ending = ".jpg"
+
     def __init__(self, folder: Path, classes: Sequence[ClassInfo]) -> None:
         super().__init__(folder)
         self._names = [info.name for info in classes]
@@ -138,7 +153,7 @@ class OverlayWriter(_FolderWriter):
         from cl4wsis_serve.draw import draw_overlay
 
         overlay = draw_overlay(image(), instances, self._names, self._colors)
-        write_bytes_atomically(_prepare(self.folder / f"{name}.jpg"), encode_jpeg(overlay))
+        write_bytes_atomically(_prepare(self._path(name, self.ending)), encode_jpeg(overlay))
 
 
 class CocoWriter:
@@ -176,6 +191,10 @@ class CocoWriter:
             self._num_annotations += 1
             self._file.write(",\n" if self._num_annotations > 1 else "\n")
             json.dump({"id": self._num_annotations, **annotation, "area": area, "iscrowd": 0}, self._file)
+
+    def has(self, name: str) -> bool:
+        """Return False: the file is made anew in every run."""
+        return False
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

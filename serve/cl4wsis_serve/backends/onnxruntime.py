@@ -1,18 +1,21 @@
 """ONNX Runtime: the CPU of any machine, or an NVIDIA GPU through its CUDA provider."""
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
+from cl4wsis.bundle import Manifest
 from cl4wsis.errors import BackendError
 from cl4wsis_serve.backends.base import INPUT_NAME, OUTPUT_NAMES, Outputs
 
 Device = Literal["cpu", "cuda"]
 
 _PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+_NUMPY_TYPES = {"tensor(uint8)": "uint8", "tensor(int32)": "int32", "tensor(float)": "float32"}
 _NAMES = {"cpu": "onnxruntime", "cuda": "onnxruntime-cuda"}
 
 
@@ -21,7 +24,7 @@ class OnnxRuntimeBackend:
 
     Args:
         model: the ``.onnx`` file.
-        size: (height, width) of the network input that the manifest states; the graph must agree.
+        manifest: describes the graph; names, types and fixed sizes of inputs and outputs must agree.
         device: ``cpu`` or ``cuda``.
         threads: threads within one operator; all cores this process may use when not given.
 
@@ -30,10 +33,10 @@ class OnnxRuntimeBackend:
             the one that the manifest describes.
     """
 
-    def __init__(self, model: Path, size: tuple[int, int], device: Device = "cpu", threads: int | None = None) -> None:
+    def __init__(self, model: Path, manifest: Manifest, device: Device = "cpu", threads: int | None = None) -> None:
         self._session = _open_session(model, device, threads)
         self._name = _NAMES[device]
-        _check_graph(self._session, model, size)
+        _check_graph(self._session, model, manifest)
 
     @property
     def name(self) -> str:
@@ -105,20 +108,32 @@ def _open_session(model: Path, device: Device, threads: int | None) -> Any:
     return session
 
 
-def _check_graph(session: Any, model: Path, size: tuple[int, int]) -> None:
-    inputs = {value.name: value for value in session.get_inputs()}
-    if list(inputs) != [INPUT_NAME] or inputs[INPUT_NAME].type != "tensor(uint8)":
-        found = ", ".join(f"{name}: {value.type}" for name, value in inputs.items())
-        raise BackendError(f"{model}: the graph must take one input, {INPUT_NAME}: tensor(uint8), found {found}")
-    shape = inputs[INPUT_NAME].shape
-    if len(shape) != 4 or list(shape[1:]) != [*size, 3]:
-        raise BackendError(
-            f"{model}: the graph takes images of shape {shape}, the manifest says (B, {size[0]}, {size[1]}, 3)"
-        )
-    found_outputs = [value.name for value in session.get_outputs()]
-    missing = [name for name in OUTPUT_NAMES if name not in found_outputs]
-    if missing:
-        raise BackendError(f"{model}: the graph has no output {', '.join(missing)}; it has {', '.join(found_outputs)}")
+def _check_graph(session: Any, model: Path, manifest: Manifest) -> None:
+    """Compare names, types and fixed sizes of the graph with what the manifest says about them."""
+    pairs = (("input", manifest.inputs, session.get_inputs()), ("output", manifest.outputs, session.get_outputs()))
+    for kind, stated, values in pairs:
+        found = {value.name: (_NUMPY_TYPES.get(value.type, value.type), value.shape) for value in values}
+        for tensor in stated:
+            if tensor.name not in found:
+                raise BackendError(f"{model}: the graph has no {kind} '{tensor.name}'; it has {', '.join(found)}")
+            dtype, shape = found[tensor.name]
+            if dtype != tensor.dtype or not _shapes_agree(shape, tensor.shape):
+                raise BackendError(
+                    f"{model}: {kind} '{tensor.name}' is {dtype} {_text(shape)} in the graph, "
+                    f"but {tensor.dtype} {_text(tensor.shape)} in the manifest; export the step again"
+                )
+
+
+def _shapes_agree(found: Sequence[int | str | None], stated: Sequence[int | str]) -> bool:
+    """Compare two shapes, letting a size that one of them leaves open pass."""
+    if len(found) != len(stated):
+        return False
+    fixed = ((a, b) for a, b in zip(found, stated, strict=True) if isinstance(a, int) and isinstance(b, int))
+    return all(a == b for a, b in fixed)
+
+
+def _text(shape: Sequence[int | str | None]) -> str:
+    return f"({', '.join(str(side) for side in shape)})"
 
 
 def _missing_provider(runtime: Any, provider: str) -> str:

@@ -1,0 +1,161 @@
+"""``cl4wsis predict``: instances of image files, written as id maps, COCO RLE and overlays."""
+
+import time
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from cl4wsis.cli.options import JsonOption
+
+if TYPE_CHECKING:
+    from cl4wsis_serve.files import ImageFile
+    from cl4wsis_serve.predictor import Predictor
+    from cl4wsis_serve.writers import IdsWriter, Writer
+
+FORMATS = ("ids", "coco", "overlay")
+
+
+def predict(
+    sources: Annotated[
+        list[str] | None,
+        typer.Argument(help="Image files, folders (searched recursively) and glob patterns.", show_default=False),
+    ] = None,
+    bundle: Annotated[
+        Path | None,
+        typer.Option(
+            "--bundle", "-b", help="Bundle folder or .onnx file; the newest bundle under runs/ when not given."
+        ),
+    ] = None,
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the results.")] = Path("masks"),
+    save: Annotated[
+        str, typer.Option("--save", help=f"What to write, separated by commas: {', '.join(FORMATS)}.")
+    ] = ",".join(FORMATS),
+    backend: Annotated[str, typer.Option("--backend", help="auto, onnxruntime or onnxruntime-cuda.")] = "auto",
+    batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Images per run of the graph.")] = 1,
+    threads: Annotated[
+        int | None, typer.Option("--threads", min=1, help="CPU threads; all usable cores when not given.")
+    ] = None,
+    min_score: Annotated[
+        float, typer.Option("--min-score", min=0.0, max=1.0, help="Leave out instances with a lower score.")
+    ] = 0.0,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Skip images whose id maps in --out are complete and of this model.")
+    ] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Find the instances in images with an exported model; torch is not needed.
+
+    An image that cannot be read is reported and skipped, and the exit code is 1 at the end.
+    """
+    formats = _parse_formats(save)
+    if not sources:
+        raise typer.BadParameter("give images: files, folders or patterns, for example: cl4wsis predict photos/")
+    if resume and "ids" not in formats:
+        raise typer.BadParameter("--resume reads the id maps of the earlier run, so --save must contain 'ids'")
+
+    from cl4wsis.cli.console import note
+    from cl4wsis_serve.files import find_images
+    from cl4wsis_serve.predictor import Predictor
+
+    images = find_images(sources, skip=out)
+    path = bundle or newest_bundle(Path("runs"))
+    predictor = Predictor.open(path, backend, threads)
+    note(f"{len(images)} images, {path} on {predictor.backend.name}")
+    ids, writers = _build_writers(predictor, out, formats, min_score)
+    summary = _predict_all(predictor, images, ids if resume else None, writers, batch_size, min_score)
+    _report({"bundle": str(path), "backend": predictor.backend.name, "out": str(out), **summary}, as_json)
+    if summary["failed"]:
+        raise typer.Exit(1)
+
+
+def newest_bundle(folder: Path) -> Path:
+    """Return the bundle that was exported last anywhere under a folder.
+
+    Raises:
+        BundleError: there is none.
+    """
+    from cl4wsis.bundle import MANIFEST_FILE
+    from cl4wsis.errors import BundleError
+
+    manifests = list(folder.glob(f"**/*.cl4wsis/{MANIFEST_FILE}"))
+    if not manifests:
+        raise BundleError(f"{folder}/ holds no bundle; run 'cl4wsis export' first, or give one with --bundle")
+    return max(manifests, key=lambda manifest: manifest.stat().st_mtime).parent
+
+
+def _parse_formats(save: str) -> list[str]:
+    formats = [part.strip() for part in save.split(",") if part.strip()]
+    unknown = [part for part in formats if part not in FORMATS]
+    if unknown or not formats:
+        raise typer.BadParameter(f"--save {save}: expected some of {', '.join(FORMATS)}, separated by commas")
+    return formats
+
+
+def _build_writers(
+    predictor: "Predictor", out: Path, formats: list[str], min_score: float
+) -> tuple["IdsWriter", list["Writer"]]:
+    from cl4wsis_serve.writers import CocoWriter, IdsWriter, OverlayWriter
+
+    classes = predictor.classes
+    ids = IdsWriter(out / "ids", classes, {**predictor.model_id, "min_score": min_score})
+    writers: dict[str, Writer] = {
+        "ids": ids,
+        "coco": CocoWriter(out / "coco.json", classes),
+        "overlay": OverlayWriter(out / "overlay", classes),
+    }
+    return ids, [writers[name] for name in FORMATS if name in formats]
+
+
+def _predict_all(
+    predictor: "Predictor",
+    images: list["ImageFile"],
+    finished: "IdsWriter | None",
+    writers: list["Writer"],
+    batch_size: int,
+    min_score: float,
+) -> dict[str, Any]:
+    from cl4wsis.cli.console import note, progress_bar
+    from cl4wsis.errors import Cl4wsisError
+    from cl4wsis_serve.files import predict_files
+
+    start, instances, by_class = time.perf_counter(), 0, dict.fromkeys((info.name for info in predictor.classes), 0)
+    failed: list[dict[str, str]] = []
+    with ExitStack() as stack:
+        for writer in writers:
+            stack.enter_context(writer)
+        bar = stack.enter_context(progress_bar())
+        task = bar.add_task("predict", total=len(images))
+        for outcome in predict_files(predictor, images, writers, batch_size, min_score, finished):
+            if isinstance(outcome.result, Cl4wsisError):
+                note(f"skipped: {outcome.result}")
+                failed.append({"source": str(outcome.image.path), "error": str(outcome.result)})
+            else:
+                instances += len(outcome.result)
+                for label in outcome.result.labels.tolist():
+                    by_class[predictor.classes[label].name] += 1
+            bar.advance(task)
+    return {
+        "images": len(images) - len(failed),
+        "instances": instances,
+        "instances_per_class": by_class,
+        "failed": failed,
+        "seconds": round(time.perf_counter() - start, 3),
+    }
+
+
+def _report(summary: dict[str, Any], as_json: bool) -> None:
+    from cl4wsis.cli.console import note, print_json, print_table
+
+    if as_json:
+        print_json(summary)
+    else:
+        found = {name: count for name, count in summary["instances_per_class"].items() if count}
+        title = (
+            f"{summary['instances']} instances in {summary['images']} images, {summary['seconds']} s: {summary['out']}"
+        )
+        print_table(title, ("class", "instances#"), found.items())
+    if summary["failed"]:
+        total = summary["images"] + len(summary["failed"])
+        note(f"error: {len(summary['failed'])} of {total} images could not be read, see above")

@@ -1,0 +1,155 @@
+"""Image files in, result files out, however many there are: one batch is in memory at a time."""
+
+import glob
+import os
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from cl4wsis.errors import Cl4wsisError, DataError
+from cl4wsis.images import IMAGE_SUFFIXES, read_image
+from cl4wsis.instances import Instances
+from cl4wsis_serve.predictor import Predictor
+from cl4wsis_serve.writers import IdsWriter, Writer
+
+
+@dataclass(frozen=True)
+class ImageFile:
+    """An image and the name its results get.
+
+    Attributes:
+        name: path relative to what all sources have in common, without ending, with ``/``; unique within a run.
+        path: of the file.
+    """
+
+    name: str
+    path: Path
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of one image: instances in its pixels, or the reason why there are none."""
+
+    image: ImageFile
+    result: Instances | Cl4wsisError
+
+
+def find_images(sources: Sequence[str], skip: Path | None = None) -> list[ImageFile]:
+    """Resolve files, folders (searched recursively) and glob patterns.
+
+    Args:
+        sources: paths and patterns, in any mixture.
+        skip: a folder whose contents are left out: that of the results, when it lies within a source.
+
+    Returns:
+        The images, each once, in the order of the sources and by name within a folder.
+
+    Raises:
+        DataError: a source does not exist, or holds no image.
+    """
+    found: dict[Path, None] = {}
+    roots: list[Path] = []
+    for source in sources:
+        root, paths = _resolve(source, skip)
+        roots.append(root)
+        found.update(dict.fromkeys(paths))
+    common = Path(os.path.commonpath([os.path.abspath(root) for root in roots]))  # noqa: PTH100 (keeps links as they are)
+    return _with_names(list(found), common)
+
+
+def predict_files(
+    predictor: Predictor,
+    images: Sequence[ImageFile],
+    writers: Sequence[Writer],
+    batch_size: int = 1,
+    min_score: float = 0.0,
+    finished: IdsWriter | None = None,
+) -> Iterator[Outcome]:
+    """Predict images and write the results, giving each outcome as it comes.
+
+    Args:
+        predictor: an open model.
+        images: as found by :func:`find_images`.
+        writers: open writers; each gets every answer.
+        batch_size: images per run of the graph.
+        min_score: instances with a lower score are dropped.
+        finished: results of an earlier run to be taken over where they are complete, and where the model is the same.
+
+    Raises:
+        DataError: a result cannot be written. An image that cannot be read is an outcome, not an error.
+        BackendError: the runtime failed.
+    """
+    pending = []
+    for image in images:
+        earlier = finished.read(image.name) if finished else None
+        if earlier is None:
+            pending.append(image)
+        else:
+            outcome = _write(image, earlier, [writer for writer in writers if not writer.has(image.name)])
+            yield outcome
+    by_path = {image.path: image for image in pending}
+    for path, result in predictor.stream([image.path for image in pending], batch_size):
+        image = by_path[path]
+        if isinstance(result, Cl4wsisError):
+            yield Outcome(image, result)
+        else:
+            yield _write(image, result.select(result.scores >= min_score), writers)
+
+
+def _write(image: ImageFile, instances: Instances, writers: Sequence[Writer]) -> Outcome:
+    for writer in writers:
+        writer.write(image.name, instances, partial(read_image, image.path))
+    return Outcome(image, instances)
+
+
+def _resolve(source: str, skip: Path | None) -> tuple[Path, list[Path]]:
+    """Return the folder to which names of a source relate, and its image files."""
+    path = Path(source)
+    if path.is_file():
+        return path.parent, [path]
+    if path.is_dir():
+        return path, _search_folder(path, skip)
+    if glob.has_magic(source):
+        matches = sorted(Path(match) for match in glob.glob(source, recursive=True))  # noqa: PTH207 (absolute patterns)
+        files = [match for match in matches if match.is_file() and match.suffix.lower() in IMAGE_SUFFIXES]
+        if files:
+            return _fixed_part(path), files
+        raise DataError(f"{source}: the pattern matches no image; folders are searched without a pattern")
+    raise DataError(f"{source}: there is no such file or folder")
+
+
+def _search_folder(folder: Path, skip: Path | None) -> list[Path]:
+    skipped = skip.resolve() if skip and skip.exists() and skip.resolve() != folder.resolve() else None
+    files = sorted(
+        path
+        for path in folder.rglob("*")
+        if path.suffix.lower() in IMAGE_SUFFIXES
+        and path.is_file()
+        and not path.name.startswith(".")
+        and not (skipped and path.resolve().is_relative_to(skipped))
+    )
+    if not files:
+        raise DataError(f"{folder}: holds no image ({', '.join(sorted(IMAGE_SUFFIXES))})")
+    return files
+
+
+def _fixed_part(pattern: Path) -> Path:
+    """Return the folders of a pattern before its first wildcard."""
+    fixed = []
+    for part in pattern.parts[:-1]:
+        if glob.has_magic(part):
+            break
+        fixed.append(part)
+    return Path(*fixed)
+
+
+def _with_names(paths: Sequence[Path], root: Path) -> list[ImageFile]:
+    """Name images by their path below the root; where two differ only in their ending, both keep it."""
+    relative = [Path(os.path.abspath(path)).relative_to(root) for path in paths]  # noqa: PTH100
+    counts = Counter(path.with_suffix("") for path in relative)
+    return [
+        ImageFile((short if counts[short] == 1 else full).as_posix(), path)
+        for path, full, short in ((p, r, r.with_suffix("")) for p, r in zip(paths, relative, strict=True))
+    ]
