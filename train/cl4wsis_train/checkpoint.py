@@ -1,8 +1,8 @@
 """Weights and training state on disk: safetensors for tensors, JSON for the rest, and nothing else.
 
 A step folder is assembled under the name ``step-<t>.partial`` and renamed once it is complete. While it is partial it
-also holds the state from which an interrupted training goes on: ``last.safetensors`` and ``last.json`` (written after an
-epoch), and the result of every phase that has ended.
+also holds the state from which an interrupted training goes on: ``last.safetensors`` and ``last.json`` (written after
+an epoch), and the result of every phase that has ended.
 """
 
 import json

@@ -23,12 +23,13 @@ class TrainingLog:
 
     Args:
         folder: step folder that receives ``metrics.jsonl`` and the TensorBoard events.
+        log_every: iterations between two lines.
         enabled: whether this process writes.
         resume: go on with the existing file instead of starting anew.
     """
 
-    def __init__(self, folder: Path, enabled: bool, resume: bool) -> None:
-        self.folder, self.enabled = folder, enabled
+    def __init__(self, folder: Path, log_every: int, enabled: bool, resume: bool) -> None:
+        self.folder, self.log_every, self.enabled = folder, log_every, enabled
         if enabled and not resume:
             (folder / METRICS_FILE).unlink(missing_ok=True)
 
@@ -65,43 +66,47 @@ class TrainingLog:
             total: iterations in all.
             done: iterations done before an interruption.
         """
-        self._phase, self._sums, self._count = name, {}, 0
-        self._sums: dict[str, Tensor] = {}
-        self._time = time.monotonic()
+        self._phase, self._count, self._time = name, 0, time.monotonic()
+        self._sums: dict[str, dict[str, Tensor]] = {"losses": {}, "statistics": {}}
         if self.enabled:
             self._task: TaskID = self._progress.add_task(name, total=total, completed=done, loss="")
 
-    def update(self, iteration: int, epoch: int, losses: dict[str, Tensor], lr: float, log_every: int) -> None:
-        """Take the losses of one iteration; write their means every ``log_every`` iterations."""
+    def update(
+        self, iteration: int, epoch: int, losses: dict[str, Tensor], statistics: dict[str, Tensor], lr: float
+    ) -> None:
+        """Take the losses and statistics of one iteration; write their means every ``log_every`` iterations."""
         if not self.enabled:
             return
         self._progress.update(self._task, completed=iteration)
-        for name, value in losses.items():
-            self._sums[name] = self._sums.get(name, 0) + value.detach()
+        for kind, values in (("losses", losses), ("statistics", statistics)):
+            sums = self._sums[kind]
+            for name, value in values.items():
+                sums[name] = sums.get(name, 0) + value.detach()
         self._count += 1
-        if self._count == log_every:
+        if self._count == self.log_every:
             self._write(iteration, epoch, lr)
 
-    def end_phase(self) -> None:
-        """Forget the iterations since the last line."""
-        self._sums, self._count = {}, 0
-
     def _write(self, iteration: int, epoch: int, lr: float) -> None:
-        names = list(self._sums)
-        values = (torch.stack([self._sums[name] for name in names]).float() / self._count).tolist()
-        losses = dict(zip(names, values, strict=True))
+        means = {kind: self._means(sums) for kind, sums in self._sums.items()}
         now = time.monotonic()
         line = {
             "phase": self._phase,
             "iteration": iteration,
             "epoch": epoch,
-            "losses": losses,
+            **{kind: values for kind, values in means.items() if values},
             "lr": lr,
             "seconds_per_iteration": (now - self._time) / self._count,
         }
         self._file.write(json.dumps(line) + "\n")
         self._file.flush()
-        for name, value in losses.items():
+        for name, value in (*means["losses"].items(), *means["statistics"].items()):
             self._writer.add_scalar(f"{self._phase}/{name}", value, iteration)
-        self._progress.update(self._task, loss=f"loss {sum(values):.3f}")
-        self._sums, self._count, self._time = {}, 0, now
+        self._progress.update(self._task, loss=f"loss {sum(means['losses'].values()):.3f}")
+        self._sums, self._count, self._time = {"losses": {}, "statistics": {}}, 0, now
+
+    def _means(self, sums: dict[str, Tensor]) -> dict[str, float]:
+        """Read all sums back in one transfer."""
+        if not sums:
+            return {}
+        values = (torch.stack(list(sums.values())).float() / self._count).tolist()
+        return dict(zip(sums, values, strict=True))

@@ -40,7 +40,7 @@ def set_learning_rate(
 ) -> None:
     """Set the rate of every group for the coming update.
 
-    The rate is constant during the warm-up epochs; afterwards it is ``initial * (1 - it / it_max) ** power`` with ``it``
+    The rate is constant during the warm-up epochs; then it is ``initial * (1 - it / it_max) ** power`` with ``it``
     counted from the very start, so it drops a little where the warm-up ends.
 
     Args:

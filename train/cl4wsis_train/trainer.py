@@ -31,7 +31,7 @@ from cl4wsis.steps import (
     step_folder,
     write_step_info,
 )
-from cl4wsis.tasks import ClassSplit, Plan, class_color
+from cl4wsis.tasks import Plan, class_color
 from cl4wsis_train.checkpoint import (
     Progress,
     drop_progress,
@@ -190,7 +190,7 @@ class _StepTraining:
         if progress is not None:
             self.seconds = dict(progress.seconds)
             self.report(f"going on with phase {progress.phase} after {progress.epochs_done} epochs")
-        with TrainingLog(self.partial, self.fabric.is_global_zero, resume=progress is not None) as log:
+        with TrainingLog(self.partial, self.recipe.log_every, self.fabric.is_global_zero, progress is not None) as log:
             network = self._run_phases(progress, log)
         if self.fabric.is_global_zero:
             self._finish(network, evaluate)
@@ -273,12 +273,12 @@ class _StepTraining:
                 fabric_optimizer.step()
                 fabric_optimizer.zero_grad()
                 iteration += 1
-                log.update(iteration, epoch, losses, optimizer.param_groups[-1]["lr"], self.recipe.log_every)
+                statistics = getattr(phase, "statistics", {})
+                log.update(iteration, epoch, losses, statistics, optimizer.param_groups[-1]["lr"])
             self.seconds[name] = seconds_before + time.monotonic() - start
             if time.monotonic() - last_save > _SECONDS_BETWEEN_SAVES or epoch + 1 == epochs:
                 last_save = time.monotonic()
                 self._save_progress(name, epoch + 1, iteration, phase, optimizer)
-        log.end_phase()
 
     def _seed(self, phase: str, epoch: int) -> int:
         """Derive the seed of a phase and epoch, so that an epoch runs alike with and without an interruption."""

@@ -1,8 +1,7 @@
 """Supervised training on masks: step 0, and the baselines (CL4WSIS, ICCV 2023, section 3)."""
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 from cl4wsis.recipe import Recipe
 from cl4wsis_train.data.batch import Batch

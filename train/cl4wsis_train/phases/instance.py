@@ -44,6 +44,10 @@ class InstancePhase(nn.Module):
         semantic_phase: phase 1 of the same step, trained.
         recipe: of the plan.
         all_seen_labels: tags of old classes are given, so absent old classes are ruled out in the class map.
+
+    Attributes:
+        statistics: of the last batch: peaks, regions of new classes and isolated regions per image, and the share of
+            supervised pixels that owe their target to refinement.
     """
 
     def __init__(self, semantic_phase: SemanticPhase, recipe: Recipe, all_seen_labels: bool = False) -> None:
@@ -56,6 +60,7 @@ class InstancePhase(nn.Module):
         self.settings = recipe.instance
         self.all_seen_labels = all_seen_labels
         self.length_scale = recipe.length_scale
+        self.statistics: Losses = {}
         freeze(self.network)
         for parameter in self.network.instance_branch.parameters():
             parameter.requires_grad_(True)
@@ -70,8 +75,8 @@ class InstancePhase(nn.Module):
     def forward(self, batch: Batch, epoch: int) -> Losses:
         """Return the weighted losses of a batch that has tags only.
 
-        L = 0.5 * 200 * (old centers + new centers) + 0.5 * 0.01 * (old offsets + new offsets), the old ones on pixels of
-        old classes, the new ones on instances made here, each divided by the number of its pixels in the batch.
+        L = 0.5 * 200 * (old centers + new centers) + 0.5 * 0.01 * (old offsets + new offsets): the old ones on pixels
+        of old classes, the new ones on instances made here, each divided by the number of its pixels in the batch.
         """
         size = (batch.images.shape[2], batch.images.shape[3])
         frozen = self._run_frozen(batch, size)
@@ -114,6 +119,11 @@ class InstancePhase(nn.Module):
         synthesized = synthesize_targets(
             frozen.semantic.semantic_map, found, batch.image_labels, self.split, peaks, self.length_scale, sigma
         )
+        self.statistics = {
+            "peaks_per_image": synthesized.num_peaks.float().mean(),
+            "regions_per_image": synthesized.num_regions.float().mean(),
+            "isolated_per_image": synthesized.num_isolated.float().mean(),
+        }
         if not refine.enabled:
             return synthesized.targets
         refined = refine_targets(
@@ -126,11 +136,14 @@ class InstancePhase(nn.Module):
             self.length_scale,
             sigma,
         )
-        return merge_targets(synthesized.targets, refined)
+        merged = merge_targets(synthesized.targets, refined)
+        isolated, all_pixels = ((t.loss_weight > 0).sum() for t in (synthesized.targets, merged))
+        self.statistics["refined_pixel_share"] = (all_pixels - isolated) / all_pixels.clamp(min=1)
+        return merged
 
     @torch.no_grad()
     def _run_frozen(self, batch: Batch, size: tuple[int, int]) -> FrozenMaps:
-        """Run the frozen networks once: this step's on the images and their mirror images, the old one on the images."""
+        """Run the frozen networks once: this step's on images and their mirror images, the old one on the images."""
         images = self.network.normalize(batch.images)
         both = self.network.encoder(torch.cat([images, images.flip(3)]))
         logits, flipped_logits = self.network.forward_semantic(both).chunk(2)
