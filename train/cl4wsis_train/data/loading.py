@@ -1,0 +1,206 @@
+"""Loaders of training batches.
+
+Everything random is drawn in the main process: the sampler gives each image of an epoch its own seed, so that batches
+do not depend on the number of worker processes. Small data sets are decoded once and held in memory, which workers
+share.
+"""
+
+import os
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import cast
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from cl4wsis.datasets import MaskedPicture, Picture
+from cl4wsis.tasks import Plan
+from cl4wsis_train.data.batch import Batch, Sample, collate
+from cl4wsis_train.data.splits import (
+    PhaseName,
+    StepView,
+    build_step_view,
+    select_masked_pictures,
+    select_weak_pictures,
+)
+from cl4wsis_train.data.transforms import Augmentation
+
+_CACHE_BYTES = 512 * 2**20
+_NUM_PROBES = 16  # images whose mean size tells whether the whole set fits into the cache
+
+Draw = tuple[int, int]  # (index of the image, seed of its augmentation)
+
+
+@dataclass(frozen=True, eq=False)
+class DecodedPicture:
+    """An image as it enters the augmentation.
+
+    Attributes:
+        image: (H, W, 3) uint8 RGB.
+        image_labels: (num_classes,) float32 0/1.
+        instance_ids: (H, W) int32, or None without masks.
+        labels: (N,) int64, or None without masks.
+    """
+
+    image: NDArray[np.uint8]
+    image_labels: NDArray[np.float32]
+    instance_ids: NDArray[np.int32] | None = None
+    labels: NDArray[np.int64] | None = None
+
+    @property
+    def size_bytes(self) -> int:
+        """Memory taken by the pixels."""
+        return self.image.nbytes + (0 if self.instance_ids is None else self.instance_ids.nbytes)
+
+
+class TaggedPictures(Sequence[DecodedPicture]):
+    """Decodes images and their tags; masks are never read.
+
+    Args:
+        pictures: images of the step.
+        view: says which tags are visible.
+    """
+
+    def __init__(self, pictures: Sequence[Picture], view: StepView) -> None:
+        self._pictures = pictures
+        self._view = view
+
+    def __len__(self) -> int:
+        return len(self._pictures)
+
+    def __getitem__(self, index: int) -> DecodedPicture:  # type: ignore[override]
+        picture = self._pictures[index]
+        return DecodedPicture(picture.read(), self._view.image_labels(picture.tags))
+
+
+class MaskedPictures(Sequence[DecodedPicture]):
+    """Decodes images, their tags and the visible instances.
+
+    Args:
+        pictures: images of the step.
+        view: says which tags and masks are visible.
+    """
+
+    def __init__(self, pictures: Sequence[MaskedPicture], view: StepView) -> None:
+        self._pictures = pictures
+        self._view = view
+
+    def __len__(self) -> int:
+        return len(self._pictures)
+
+    def __getitem__(self, index: int) -> DecodedPicture:  # type: ignore[override]
+        picture, view = self._pictures[index], self._view
+        instance_ids, mask_labels = picture.rasterize(view.mask_names)
+        class_labels = np.array([view.class_names.index(name) for name in view.mask_names], dtype=np.int64)
+        return DecodedPicture(picture.read(), view.image_labels(picture.tags), instance_ids, class_labels[mask_labels])
+
+
+class StepDataset(Dataset[Sample]):
+    """Augmented training images of one step; an item is asked for with its seed.
+
+    Args:
+        pictures: what to augment.
+        augmentation: how.
+    """
+
+    def __init__(self, pictures: Sequence[DecodedPicture], augmentation: Augmentation) -> None:
+        self._pictures = pictures
+        self._augmentation = augmentation
+
+    def __len__(self) -> int:
+        return len(self._pictures)
+
+    def __getitem__(self, draw: Draw) -> Sample:
+        index, seed = draw
+        picture = self._pictures[index]
+        image, instance_ids = self._augmentation(picture.image, picture.instance_ids, seed)
+        return Sample(
+            image=image,
+            image_labels=torch.from_numpy(picture.image_labels),
+            instance_ids=instance_ids,
+            labels=None if picture.labels is None else torch.from_numpy(picture.labels),
+        )
+
+
+class SeededSampler(Sampler[Draw]):
+    """Shuffles images and gives each its own seed.
+
+    Args:
+        num_images: size of the data set.
+        min_draws: draws of a pass at least; smaller data sets are gone through more than once.
+        generator: decides everything; reseeding it before a pass repeats that pass.
+    """
+
+    def __init__(self, num_images: int, min_draws: int, generator: torch.Generator) -> None:
+        self._num_images = num_images
+        self._num_draws = max(num_images, min_draws)
+        self._generator = generator
+
+    def __len__(self) -> int:
+        return self._num_draws
+
+    def __iter__(self) -> Iterator[Draw]:
+        num_rounds = -(-self._num_draws // self._num_images)
+        rounds = [torch.randperm(self._num_images, generator=self._generator) for _ in range(num_rounds)]
+        indices = torch.cat(rounds)[: self._num_draws].tolist()
+        seeds = torch.randint(2**62, (self._num_draws,), generator=self._generator).tolist()
+        return zip(indices, seeds, strict=True)
+
+
+def build_training_loader(plan: Plan, step: int, phase: PhaseName, batch_size: int, seed: int) -> "DataLoader[Batch]":
+    """Build the loader of a phase.
+
+    A pass goes once through the step's images in random order; what does not fill a batch is left out, but a set
+    smaller than one batch (of all processes together) is repeated until it fills one. Reseeding ``loader.generator``
+    before a pass repeats that pass, whatever the number of workers.
+
+    Args:
+        plan: gives data, recipe and classes.
+        step: step number.
+        phase: ``base`` reads masks; ``semantic`` and ``instance`` open the tags file alone.
+        batch_size: images per batch in this process.
+        seed: decides order and augmentation.
+
+    Raises:
+        DataError: annotations cannot be read, or no image belongs to the step.
+        ValueError: the phase does not exist in this step.
+    """
+    view = build_step_view(plan, step, phase)
+    pictures: Sequence[DecodedPicture]
+    if view.mask_names:
+        pictures = MaskedPictures(select_masked_pictures(plan, step, view), view)
+    else:
+        pictures = TaggedPictures(select_weak_pictures(plan, step, view), view)
+    recipe = plan.recipe
+    dataset = StepDataset(_decode_if_small(pictures), Augmentation(recipe.crop_size, recipe.crop_area))
+    generator = torch.Generator().manual_seed(seed)
+    loader = DataLoader(
+        dataset,
+        batch_size=batch_size,
+        sampler=SeededSampler(len(pictures), batch_size * _num_processes(), generator),
+        num_workers=recipe.num_workers,
+        collate_fn=collate,
+        pin_memory=torch.cuda.is_available(),
+        drop_last=True,
+        generator=generator,
+        persistent_workers=recipe.num_workers > 0,
+    )
+    return cast("DataLoader[Batch]", loader)
+
+
+def _decode_if_small(pictures: Sequence[DecodedPicture]) -> Sequence[DecodedPicture]:
+    """Decode a set that fits into the cache, on all cores; leave a larger one as it is."""
+    probes = [pictures[i] for i in np.linspace(0, len(pictures) - 1, _NUM_PROBES).astype(int).tolist()]
+    mean_bytes = sum(picture.size_bytes for picture in probes) / len(probes)
+    if mean_bytes * len(pictures) > _CACHE_BYTES:
+        return pictures
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return list(pool.map(pictures.__getitem__, range(len(pictures))))
+
+
+def _num_processes() -> int:
+    is_distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return torch.distributed.get_world_size() if is_distributed else 1
