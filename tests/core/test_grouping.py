@@ -141,6 +141,13 @@ def test_small_instances_are_dropped_and_ids_close_up():
     np.testing.assert_allclose(found.scores, [0.5 * 0.75], rtol=1e-6)
 
 
+def test_center_without_pixels_leaves_no_row():
+    maps = maps_from(["111"], [(0, 0, 0, 0.5), (0, 0, 2, 0.9)], [(0, 1, 0, -1), (0, 2, 0, -2)])
+    found = group_instances(*maps, SMALL)
+    assert drawn(found) == ["111"]
+    np.testing.assert_allclose(found.scores, [0.5 * 0.75], rtol=1e-6)
+
+
 def test_top_centers_share_their_region_and_a_region_without_any_is_lost():
     maps = maps_from(["11111", "00000", "22200"], [(0, 0, 0, 0.5), (0, 0, 4, 0.9), (1, 2, 1, 0.4)])
     assert drawn(group_instances(*maps, SMALL)) == ["22111", "00000", "33300"]
@@ -403,6 +410,11 @@ def test_published_sinks_split_a_part_without_seeds():
     found = group_instances(probs, heatmap, offsets, GroupingSpec(profile="paper"))
     assert drawn(found) == ["1" * 20 + "2" * 20] * 20
     np.testing.assert_allclose(found.scores, [0.75, 0.75])  # sinks count as centers of value 1: the mean alone
+    larger = offsets.copy()
+    larger[:, 10, 33:36] = 0  # 24 pixels are no sink
+    assert len(group_instances(probs, heatmap, larger, GroupingSpec(profile="paper"))) == 1
+    larger[:, 10, 35] = 9
+    assert len(group_instances(probs, heatmap, larger, GroupingSpec(profile="paper"))) == 2
     heatmap[0, 10, 30] = 0.05
     assert len(group_instances(probs, heatmap, offsets, GroupingSpec(profile="paper"))) == 1
     heatmap[0, 10, 10] = 0.5  # a real seed within 100 px keeps the sinks out
