@@ -12,6 +12,7 @@ import typer
 
 from cl4wsis import __version__
 from cl4wsis.cli.doctor import doctor
+from cl4wsis.cli.evaluate import evaluate
 from cl4wsis.cli.inspect import inspect
 from cl4wsis.cli.predict import predict
 from cl4wsis.cli.train import train_step
@@ -65,6 +66,7 @@ def _with_plain_errors(command: Callable[..., None]) -> Callable[..., None]:
 
 for _name, _command in (
     ("train-step", train_step),
+    ("evaluate", evaluate),
     ("predict", predict),
     ("inspect", inspect),
     ("doctor", doctor),

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from cl4wsis.cli.options import ConfigOption, DeviceOption, JsonOption, RunOption, SetOption
+from cl4wsis.cli.options import ConfigOption, DeviceOption, JsonOption, MethodOption, RunOption, SetOption
 
 
 def train_step(
@@ -15,10 +15,7 @@ def train_step(
     ] = None,
     run: RunOption = None,
     settings: SetOption = None,
-    method: Annotated[
-        str | None,
-        typer.Option(help="cl4wsis, or a supervised baseline: fine-tune or joint. Short for --set recipe.method=..."),
-    ] = None,
+    method: MethodOption = None,
     with_previous: Annotated[
         bool, typer.Option("--with-previous", help="Train the steps before this one first where they are missing.")
     ] = False,

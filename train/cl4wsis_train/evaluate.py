@@ -71,8 +71,8 @@ def predict_batch(
     exact = grouping_maps(output, recipe.input_size, "exact").semantic_probs
     classes = exact.argmax(dim=1).to(torch.int32).cpu().numpy()
     return [
-        _restored(*arrays, class_map, transform, recipe.grouping)
-        for *arrays, class_map, (_, transform) in zip(*maps, classes, fitted, strict=True)
+        _restored(probs, heatmap, offsets, class_map, transform, recipe.grouping)
+        for probs, heatmap, offsets, class_map, (_, transform) in zip(*maps, classes, fitted, strict=True)
     ]
 
 

@@ -11,10 +11,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
-import lightning_fabric
 import timm
 import torch
 from lightning_fabric import Fabric
+from lightning_fabric.strategies.ddp import DDPStrategy
 from torch import nn
 
 import cl4wsis
@@ -48,6 +48,7 @@ from cl4wsis_train.log import TrainingLog
 from cl4wsis_train.models.network import InstanceSegmenter
 from cl4wsis_train.optim import build_optimizer, set_learning_rate
 from cl4wsis_train.phases.base import BasePhase
+from cl4wsis_train.phases.common import Phase
 from cl4wsis_train.phases.instance import InstancePhase
 from cl4wsis_train.phases.semantic import SemanticPhase
 
@@ -118,7 +119,7 @@ def _strategy(num_devices: int | str) -> Any:
     """Leave out-of-use parameters be: heads that wait for the warm-up to end get no gradient."""
     if num_devices == 1 and not torch.distributed.is_torchelastic_launched():
         return "auto"
-    return lightning_fabric.strategies.DDPStrategy(find_unused_parameters=True)
+    return DDPStrategy(find_unused_parameters=True)
 
 
 def missing_steps(plan: Plan, step: int, run: Path) -> list[int]:
@@ -235,7 +236,7 @@ class _StepTraining:
     def _run_phase(
         self,
         name: PhaseName,
-        phase: nn.Module,
+        phase: Phase,
         epochs: int,
         settings: OptimizerSettings,
         progress: Progress | None,
@@ -247,13 +248,13 @@ class _StepTraining:
         loader = build_training_loader(
             self.plan, self.step, name, max(1, batch_size // fabric.world_size), self._seed(name, 0)
         )
-        fabric_loader = fabric.setup_dataloaders(loader)
+        fabric_loader: Any = fabric.setup_dataloaders(loader)
         network = phase.network
         encoder = list(network.encoder.parameters())
         known = {id(parameter) for parameter in encoder}
         heads = [parameter for parameter in phase.parameters() if id(parameter) not in known]
         if fabric.world_size > 1 and fabric.device.type == "cuda":
-            nn.SyncBatchNorm.convert_sync_batchnorm(phase)
+            nn.SyncBatchNorm.convert_sync_batchnorm(phase)  # type: ignore[no-untyped-call]
         optimizer = build_optimizer(settings, encoder, heads)
         model, fabric_optimizer = fabric.setup(phase, optimizer)
         first_epoch, iteration = 0, 0
@@ -273,8 +274,7 @@ class _StepTraining:
                 fabric_optimizer.step()
                 fabric_optimizer.zero_grad()
                 iteration += 1
-                statistics = getattr(phase, "statistics", {})
-                log.update(iteration, epoch, losses, statistics, optimizer.param_groups[-1]["lr"])
+                log.update(iteration, epoch, losses, phase.statistics, optimizer.param_groups[-1]["lr"])
             self.seconds[name] = seconds_before + time.monotonic() - start
             if time.monotonic() - last_save > _SECONDS_BETWEEN_SAVES or epoch + 1 == epochs:
                 last_save = time.monotonic()

@@ -1,7 +1,6 @@
 """Supervised training on masks: step 0, and the baselines (CL4WSIS, ICCV 2023, section 3)."""
 
 import torch
-from torch import nn
 
 from cl4wsis.recipe import Recipe
 from cl4wsis_train.data.batch import Batch
@@ -9,10 +8,10 @@ from cl4wsis_train.data.targets import encode_instance_targets, semantic_target_
 from cl4wsis_train.losses.instance import center_loss, offset_loss
 from cl4wsis_train.losses.semantic import semantic_bce_loss
 from cl4wsis_train.models.network import InstanceSegmenter
-from cl4wsis_train.phases.common import Losses, global_count, upsample
+from cl4wsis_train.phases.common import Losses, Phase, global_count, upsample
 
 
-class BasePhase(nn.Module):
+class BasePhase(Phase):
     """The Segmenter with the supervised losses.
 
     Args:
@@ -21,8 +20,7 @@ class BasePhase(nn.Module):
     """
 
     def __init__(self, network: InstanceSegmenter, recipe: Recipe) -> None:
-        super().__init__()
-        self.network = network
+        super().__init__(network)
         self.settings = recipe.base
         self.center_sigma = recipe.base.instance_loss.center_sigma * recipe.length_scale
         self.offset_weight = recipe.base.instance_loss.offset_weight / recipe.length_scale

@@ -1,14 +1,35 @@
-"""What the phases share: the type of their answer, upsampling, and counts over all processes."""
+"""What the phases share: their common base, upsampling, and counts over all processes."""
 
 from collections.abc import Sequence
+from typing import TypeVar
 
 import torch
 import torch.distributed
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cl4wsis_train.models.network import InstanceSegmenter
+
+ModuleT = TypeVar("ModuleT", bound=nn.Module)
+
 Losses = dict[str, Tensor]
 """Weighted losses by name; their sum is what is minimised."""
+
+
+class Phase(nn.Module):
+    """A training phase: called with a batch and the number of the epoch, it returns weighted losses.
+
+    Args:
+        network: the Segmenter that the phase trains, wholly or in part.
+
+    Attributes:
+        statistics: of the last batch, scalars worth logging that are no losses.
+    """
+
+    def __init__(self, network: InstanceSegmenter) -> None:
+        super().__init__()
+        self.network = network
+        self.statistics: dict[str, Tensor] = {}
 
 
 def upsample(maps: Tensor, size: Sequence[int]) -> Tensor:
@@ -43,7 +64,7 @@ def global_count(loss_weight: Tensor) -> Tensor:
     return count
 
 
-def freeze(module: nn.Module) -> nn.Module:
+def freeze(module: ModuleT) -> ModuleT:
     """Switch a module to evaluation mode and take its parameters out of training."""
     for parameter in module.parameters():
         parameter.requires_grad_(False)

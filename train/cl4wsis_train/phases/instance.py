@@ -10,14 +10,14 @@ Source: CL4WSIS (ICCV 2023), section 3.3.
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from cl4wsis.recipe import Recipe
 from cl4wsis_train.data.batch import Batch
 from cl4wsis_train.data.targets import InstanceTargets
 from cl4wsis_train.losses.distill import selective_center_loss, selective_offset_loss
 from cl4wsis_train.losses.instance import center_loss, offset_loss
-from cl4wsis_train.phases.common import Losses, freeze, global_count, upsample
+from cl4wsis_train.phases.common import Losses, Phase, freeze, global_count, upsample
 from cl4wsis_train.phases.semantic import SemanticPhase
 from cl4wsis_train.pseudo.instance import SemanticMap, find_peaks, semantic_map_from_logits, synthesize_targets
 from cl4wsis_train.pseudo.refine import merge_targets, refine_targets
@@ -37,7 +37,7 @@ class FrozenMaps(NamedTuple):
     """(B, 2, H, W), upsampled, of the previous network."""
 
 
-class InstancePhase(nn.Module):
+class InstancePhase(Phase):
     """The instance branch in training; encoder, semantic branch, localizer and peak generator frozen.
 
     Args:
@@ -51,8 +51,7 @@ class InstancePhase(nn.Module):
     """
 
     def __init__(self, semantic_phase: SemanticPhase, recipe: Recipe, all_seen_labels: bool = False) -> None:
-        super().__init__()
-        self.network = semantic_phase.network
+        super().__init__(semantic_phase.network)
         self.localizer = freeze(semantic_phase.localizer)
         self.peak_generator = freeze(semantic_phase.peak_generator) if semantic_phase.peak_generator else None
         self.old_network = freeze(semantic_phase.old_network)
@@ -60,7 +59,6 @@ class InstancePhase(nn.Module):
         self.settings = recipe.instance
         self.all_seen_labels = all_seen_labels
         self.length_scale = recipe.length_scale
-        self.statistics: Losses = {}
         freeze(self.network)
         for parameter in self.network.instance_branch.parameters():
             parameter.requires_grad_(True)

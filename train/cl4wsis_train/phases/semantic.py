@@ -9,7 +9,7 @@ Legend: Z activation logits of the localizer, P' old probabilities, G semantic t
 """
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from cl4wsis.recipe import Recipe
 from cl4wsis.tasks import ClassSplit
@@ -20,11 +20,11 @@ from cl4wsis_train.losses.semantic import classification_loss, self_training_los
 from cl4wsis_train.models.affinity import PixelAdaptiveRefinement
 from cl4wsis_train.models.localizer import Localizer, PeakGenerator, normalized_global_weighted_pooling
 from cl4wsis_train.models.network import InstanceSegmenter
-from cl4wsis_train.phases.common import Losses, freeze
+from cl4wsis_train.phases.common import Losses, Phase, freeze
 from cl4wsis_train.pseudo.semantic import random_dropout_mask, self_training_target, semantic_target
 
 
-class SemanticPhase(nn.Module):
+class SemanticPhase(Phase):
     """Encoder, semantic branch, localizer and peak generator in training, against a frozen old network.
 
     Args:
@@ -43,9 +43,8 @@ class SemanticPhase(nn.Module):
         split: ClassSplit,
         all_seen_labels: bool = False,
     ) -> None:
-        super().__init__()
+        super().__init__(network)
         self.all_seen_labels = all_seen_labels
-        self.network = network
         self.localizer = Localizer(network.encoder.channels[-1], recipe.network.localizer_channels, split.num_classes)
         self.peak_generator = PeakGenerator(split.num_new_classes) if recipe.semantic.peak_generator else None
         self.old_network = freeze(old_network)

@@ -1,0 +1,109 @@
+"""``cl4wsis demo``: the whole story on drawn shapes, from step 0 to exported bundles and pictures."""
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from cl4wsis.cli.options import ConfigOption, DeviceOption, JsonOption, RunOption, SetOption
+
+if TYPE_CHECKING:
+    from cl4wsis.metrics import EvaluationReport
+    from cl4wsis.tasks import Plan
+
+_NUM_PICTURES = 12
+
+
+def demo(
+    config: ConfigOption = "shapes",
+    run: RunOption = None,
+    settings: SetOption = None,
+    device: DeviceOption = "auto",
+    baseline: Annotated[
+        bool, typer.Option("--baseline", help="Also fine-tune on masks of each step's new classes, to see forgetting.")
+    ] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Train every step of a plan, export each, predict pictures with the last and show what was learned and forgotten.
+
+    Steps that are trained already are not trained again, so an interrupted demo goes on where it stopped.
+    """
+    from cl4wsis.cli.console import note, print_json
+    from cl4wsis.cli.evaluate import evaluate_bundle
+    from cl4wsis.cli.report import print_steps, steps_as_json
+    from cl4wsis.errors import require
+    from cl4wsis.tasks import load_plan
+
+    require("export")
+    require("cpu")
+    start = time.monotonic()
+    plan = load_plan(config, settings or [])
+    folder = run or Path("runs") / plan.name
+    train_all(plan, folder, device)
+    bundles = {step: export_once(plan, step, folder) for step in range(plan.num_steps)}
+    reports = {"exported model": {step: evaluate_bundle(path, plan) for step, path in bundles.items()}}
+    if baseline:
+        tuned = plan.model_copy(update={"recipe": plan.recipe.model_copy(update={"method": "fine-tune"})})
+        train_all(tuned, folder, device)
+        reports["fine-tuned"] = measured_steps(tuned, folder)
+    pictures = predict_pictures(bundles[plan.num_steps - 1], plan, folder / "pictures")
+    note(f"{pictures} holds overlays, id maps and COCO results of {_NUM_PICTURES} pictures")
+    if as_json:
+        print_json({**steps_as_json(reports), "seconds": round(time.monotonic() - start, 1)})
+    else:
+        print_steps(reports, f"{plan.name}, {(time.monotonic() - start) / 60:.1f} minutes, percent")
+
+
+def train_all(plan: "Plan", run: Path, device: str) -> None:
+    """Train the steps of a plan that are not trained yet."""
+    from cl4wsis.cli.console import note
+    from cl4wsis_train.trainer import build_fabric, missing_steps, train_step
+
+    missing = missing_steps(plan, plan.num_steps - 1, run)
+    fabric = build_fabric(plan, device) if missing else None
+    for step in missing:
+        names = ", ".join(plan.split(step).new_names)
+        knowledge = "masks" if step == 0 or plan.recipe.method != "cl4wsis" else "image tags alone"
+        note(f"step {step}: {names} from {knowledge}")
+        train_step(plan, step, run, fabric=fabric, report=note)
+
+
+def export_once(plan: "Plan", step: int, run: Path) -> Path:
+    """Export a step, unless a bundle of the same weights is there already."""
+    from cl4wsis.bundle import open_bundle
+    from cl4wsis.cli.console import note
+    from cl4wsis.steps import read_step, step_folder
+    from cl4wsis_export import ExportSpec, export_step
+
+    folder = step_folder(run, step)
+    destination = run / f"{plan.name}-step{step}.cl4wsis"
+    if destination.exists() and open_bundle(destination).manifest.weights_sha256 == read_step(folder).weights_sha256:
+        return destination
+    note(f"step {step}: exporting and verifying {destination}")
+    return export_step(folder, destination, ExportSpec())
+
+
+def measured_steps(plan: "Plan", run: Path) -> dict[int, "EvaluationReport"]:
+    """Read the reports that training left in the step folders."""
+    from cl4wsis.metrics import EvaluationReport
+    from cl4wsis.steps import read_step, step_folder, trained_steps
+
+    method = plan.recipe.method
+    infos = {step: read_step(step_folder(run, step, method)) for step in trained_steps(run, method)}
+    return {step: EvaluationReport.model_validate(info.metrics) for step, info in infos.items() if info.metrics}
+
+
+def predict_pictures(bundle: Path, plan: "Plan", folder: Path) -> Path:
+    """Write the first evaluation images to files and predict them as a user would."""
+    from cl4wsis.cli.predict import predict
+    from cl4wsis.datasets import load_evaluation_set
+    from cl4wsis.images import write_png
+
+    samples = load_evaluation_set(plan, plan.num_steps - 1)
+    images = folder / "images"
+    images.mkdir(parents=True, exist_ok=True)
+    for index in range(min(_NUM_PICTURES, len(samples))):
+        write_png(images / f"{index:03d}.png", samples[index].image)
+    predict([str(images)], bundle=bundle, out=folder / "masks")
+    return folder / "masks"

@@ -1,0 +1,75 @@
+"""``cl4wsis evaluate``: measure an exported bundle, or a trained step, on a plan's evaluation images."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from cl4wsis.cli.options import ConfigOption, JsonOption, MethodOption, RunOption, SetOption
+
+if TYPE_CHECKING:
+    from cl4wsis.metrics import EvaluationReport
+    from cl4wsis.tasks import Plan
+
+
+def evaluate(
+    config: ConfigOption = "shapes",
+    bundle: Annotated[
+        Path | None,
+        typer.Option("--bundle", "-b", help="Bundle folder or .onnx file; the run's newest bundle when not given."),
+    ] = None,
+    step: Annotated[
+        int | None, typer.Option(help="Measure the trained network of this step instead of a bundle (needs torch).")
+    ] = None,
+    method: MethodOption = None,
+    run: RunOption = None,
+    settings: SetOption = None,
+    backend: Annotated[str, typer.Option("--backend", help="auto, onnxruntime or onnxruntime-cuda.")] = "auto",
+    as_json: JsonOption = False,
+) -> None:
+    """Measure AP and IoU per class on the plan's evaluation images; a bundle needs no torch."""
+    from cl4wsis.cli.console import print_json
+    from cl4wsis.cli.predict import newest_bundle
+    from cl4wsis.cli.report import print_report
+    from cl4wsis.tasks import load_plan
+
+    plan = load_plan(config, [*(settings or []), *([f"recipe.method={method}"] if method else [])])
+    folder = run or Path("runs") / plan.name
+    if step is None:
+        path = bundle or newest_bundle(folder)
+        report, title = evaluate_bundle(path, plan, backend), str(path)
+    elif bundle is not None:
+        raise typer.BadParameter("give --bundle or --step, not both")
+    else:
+        report, title = _evaluate_step(plan, step, folder), f"step {step} of {plan.name}"
+    if as_json:
+        print_json(report.model_dump(mode="json"))
+    else:
+        print_report(report, title)
+
+
+def evaluate_bundle(path: Path, plan: "Plan", backend: str = "auto") -> "EvaluationReport":
+    """Measure a bundle through the runtime, with a progress bar."""
+    from cl4wsis.cli.console import progress_bar
+    from cl4wsis_serve.evaluate import evaluate_predictor
+    from cl4wsis_serve.predictor import Predictor
+
+    predictor = Predictor.open(path, backend)
+    with progress_bar() as bar:
+        task = bar.add_task("evaluate", total=None)
+        return evaluate_predictor(predictor, plan, lambda done, total: bar.update(task, completed=done, total=total))
+
+
+def _evaluate_step(plan: "Plan", step: int, run: Path) -> "EvaluationReport":
+    from cl4wsis.cli.console import progress_bar
+    from cl4wsis.errors import require
+    from cl4wsis.steps import step_folder
+
+    require("train")
+    from cl4wsis_train.checkpoint import load_step
+    from cl4wsis_train.evaluate import evaluate_network
+
+    network, _ = load_step(step_folder(run, step, plan.recipe.method))
+    with progress_bar() as bar:
+        task = bar.add_task("evaluate", total=None)
+        return evaluate_network(network, plan, step, lambda done, total: bar.update(task, completed=done, total=total))
