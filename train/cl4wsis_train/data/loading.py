@@ -131,31 +131,36 @@ class SeededSampler(Sampler[Draw]):
     Args:
         num_images: size of the data set.
         min_draws: draws of a pass at least; smaller data sets are gone through more than once.
-        generator: decides everything; reseeding it before a pass repeats that pass.
+        generator: its seed starts a series of passes, each unlike the last; giving it another seed starts another
+            series. Only the seed is looked at: how many numbers a loader draws from it depends on its workers.
     """
 
     def __init__(self, num_images: int, min_draws: int, generator: torch.Generator) -> None:
         self._num_images = num_images
         self._num_draws = max(num_images, min_draws)
         self._generator = generator
+        self._seed, self._num_passes = generator.initial_seed(), 0
 
     def __len__(self) -> int:
         return self._num_draws
 
     def __iter__(self) -> Iterator[Draw]:
+        if self._seed != self._generator.initial_seed():
+            self._seed, self._num_passes = self._generator.initial_seed(), 0
+        rng = np.random.default_rng([self._seed % 2**64, self._num_passes])
+        self._num_passes += 1
         num_rounds = -(-self._num_draws // self._num_images)
-        rounds = [torch.randperm(self._num_images, generator=self._generator) for _ in range(num_rounds)]
-        indices = torch.cat(rounds)[: self._num_draws].tolist()
-        seeds = torch.randint(2**62, (self._num_draws,), generator=self._generator).tolist()
-        return zip(indices, seeds, strict=True)
+        indices = np.concatenate([rng.permutation(self._num_images) for _ in range(num_rounds)])[: self._num_draws]
+        seeds = rng.integers(2**62, size=self._num_draws)
+        return zip(indices.tolist(), seeds.tolist(), strict=True)
 
 
 def build_training_loader(plan: Plan, step: int, phase: PhaseName, batch_size: int, seed: int) -> "DataLoader[Batch]":
     """Build the loader of a phase.
 
     A pass goes once through the step's images in random order; what does not fill a batch is left out, but a set
-    smaller than one batch (of all processes together) is repeated until it fills one. Reseeding ``loader.generator``
-    before a pass repeats that pass, whatever the number of workers.
+    smaller than one batch (of all processes together) is repeated until it fills one. Passes follow from the seed,
+    whatever the number of workers; giving ``loader.generator`` another seed starts another series of passes.
 
     Args:
         plan: gives data, recipe and classes.
