@@ -39,24 +39,27 @@ def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[obje
     from rich import box
     from rich.table import Table
 
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for column in columns:
         table.add_column(column.removesuffix("#"), justify="right" if column.endswith("#") else "left")
     for row in rows:
         table.add_row(*("-" if value is None else str(value) for value in row))
-    results_console().print(table)
+    console = results_console()
+    console.print(title, style="bold", soft_wrap=True)  # a table would break its title at its own width
+    console.print(table)
 
 
 def print_fields(title: str, fields: Iterable[tuple[str, object]]) -> None:
     """Print names and values below each other; a value of ``None`` is shown as a dash."""
     from rich.table import Table
 
-    table = Table(title=title, title_justify="left", box=None, show_header=False, pad_edge=False)
+    table = Table(box=None, show_header=False, pad_edge=False)
     table.add_column(style="dim", no_wrap=True)
     table.add_column(overflow="fold")
     for name, value in fields:
         table.add_row(name, "-" if value is None else str(value))
     console = results_console()
+    console.print(title, style="bold", soft_wrap=True)
     console.print(table)
     console.print()
 

@@ -22,9 +22,10 @@ def inspect(
     as_json: JsonOption = False,
 ) -> None:
     """Tell what a plan, run folder, trained step, bundle or graph is, from its files alone."""
+    from cl4wsis.bundle import MANIFEST_FILE, SUFFIX
     from cl4wsis.steps import STEP_FILE
 
-    if path.suffix == ".onnx" or path.suffix == ".cl4wsis":
+    if path.suffix in (".onnx", SUFFIX) or (path / MANIFEST_FILE).is_file():
         _inspect_bundle(path, as_json)
     elif (path / STEP_FILE).is_file():
         _inspect_step(path, as_json)

@@ -10,9 +10,8 @@ import typer
 from cl4wsis.cli.options import JsonOption
 
 if TYPE_CHECKING:
-    from cl4wsis_serve.files import ImageFile
     from cl4wsis_serve.predictor import Predictor
-    from cl4wsis_serve.writers import IdsWriter, Writer
+    from cl4wsis_serve.writers import IdsWriter, ImageFile, Writer
 
 FORMATS = ("ids", "coco", "overlay")
 
@@ -62,7 +61,7 @@ def predict(
     images = find_images(sources, skip=out)
     path = bundle or newest_bundle(Path("runs"))
     predictor = Predictor.open(path, backend, threads)
-    note(f"{len(images)} images, {path} on {predictor.backend.name}")
+    note(f"images: {len(images)}, {path} on {predictor.backend.name}")
     ids, writers = _build_writers(predictor, out, formats, min_score)
     summary = _predict_all(predictor, images, ids if resume else None, writers, batch_size, min_score)
     _report({"bundle": str(path), "backend": predictor.backend.name, "out": str(out), **summary}, as_json)
@@ -152,10 +151,9 @@ def _report(summary: dict[str, Any], as_json: bool) -> None:
         print_json(summary)
     else:
         found = {name: count for name, count in summary["instances_per_class"].items() if count}
-        title = (
-            f"{summary['instances']} instances in {summary['images']} images, {summary['seconds']} s: {summary['out']}"
-        )
+        counts = f"images: {summary['images']}, instances: {summary['instances']}"
+        title = f"{counts}, {summary['seconds']:.1f} s, results in {summary['out']}"
         print_table(title, ("class", "instances#"), found.items())
     if summary["failed"]:
         total = summary["images"] + len(summary["failed"])
-        note(f"error: {len(summary['failed'])} of {total} images could not be read, see above")
+        note(f"error: {len(summary['failed'])} of {total} files could not be read, see above")

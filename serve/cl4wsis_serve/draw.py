@@ -10,6 +10,8 @@ from cl4wsis.instances import Instances
 
 _SMALLEST_SIDE = 512
 """Longer side below which an image is scaled up, px: labels would cover the objects otherwise."""
+_LARGEST_MEDIAN = 31
+"""Side of the largest median window that OpenCV 5 accepts, px."""
 _OPACITY = 0.45
 _SHADES = (0.0, 0.35, -0.3, 0.55, -0.45)
 """Steps towards white (positive) or black (negative) that tell instances of one class apart."""
@@ -73,7 +75,7 @@ def _enlarge(
     ids = instance_ids.repeat(factor, axis=0).repeat(factor, axis=1)
     if ids.max() <= 255:
         # A median acts on ids as a majority vote wherever two regions meet.
-        ids = cv2.medianBlur(ids.astype(np.uint8), 2 * factor + 1).astype(np.int32)
+        ids = cv2.medianBlur(ids.astype(np.uint8), min(2 * factor + 1, _LARGEST_MEDIAN)).astype(np.int32)
     return np.asarray(canvas, np.uint8), ids
 
 

@@ -5,27 +5,13 @@ import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 from cl4wsis.errors import Cl4wsisError, DataError
-from cl4wsis.images import IMAGE_SUFFIXES, read_image
+from cl4wsis.images import IMAGE_SUFFIXES
 from cl4wsis.instances import Instances
 from cl4wsis_serve.predictor import Predictor
-from cl4wsis_serve.writers import IdsWriter, Writer
-
-
-@dataclass(frozen=True)
-class ImageFile:
-    """An image and the name its results get.
-
-    Attributes:
-        name: path relative to what all sources have in common, without ending, with ``/``; unique within a run.
-        path: of the file.
-    """
-
-    name: str
-    path: Path
+from cl4wsis_serve.writers import IdsWriter, ImageFile, Writer
 
 
 @dataclass(frozen=True)
@@ -83,12 +69,11 @@ def predict_files(
     """
     pending = []
     for image in images:
-        earlier = finished.read(image.name) if finished else None
+        earlier = finished.read(image) if finished else None
         if earlier is None:
             pending.append(image)
         else:
-            outcome = _write(image, earlier, [writer for writer in writers if not writer.has(image.name)])
-            yield outcome
+            yield _write(image, earlier, [writer for writer in writers if not writer.has(image)])
     by_path = {image.path: image for image in pending}
     for path, result in predictor.stream([image.path for image in pending], batch_size):
         image = by_path[path]
@@ -100,7 +85,7 @@ def predict_files(
 
 def _write(image: ImageFile, instances: Instances, writers: Sequence[Writer]) -> Outcome:
     for writer in writers:
-        writer.write(image.name, instances, partial(read_image, image.path))
+        writer.write(image, instances)
     return Outcome(image, instances)
 
 
@@ -150,6 +135,6 @@ def _with_names(paths: Sequence[Path], root: Path) -> list[ImageFile]:
     relative = [Path(os.path.abspath(path)).relative_to(root) for path in paths]  # noqa: PTH100
     counts = Counter(path.with_suffix("") for path in relative)
     return [
-        ImageFile((short if counts[short] == 1 else full).as_posix(), path)
+        ImageFile(path, full.as_posix(), (short if counts[short] == 1 else full).as_posix())
         for path, full, short in ((p, r, r.with_suffix("")) for p, r in zip(paths, relative, strict=True))
     ]

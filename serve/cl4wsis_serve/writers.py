@@ -1,11 +1,12 @@
 """Results on disk: id maps with a sidecar, one COCO file for a run, overlays. Everything appears whole or not at all.
 
-Every writer is a context manager with ``write(name, instances, image)``; ``name`` is a relative path without ending
-(``holiday/beach``). Leaving the context by an exception keeps the files of single images, but no half COCO file.
+Every writer is a context manager with ``write(image, instances)``. Leaving the context by an exception keeps the files
+of single images, but no half COCO file.
 """
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Protocol, Self
@@ -14,12 +15,24 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cl4wsis.errors import DataError
-from cl4wsis.images import encode_jpeg, encode_png, write_bytes_atomically
+from cl4wsis.images import encode_jpeg, encode_png, read_image, write_bytes_atomically
 from cl4wsis.instances import Instances
 from cl4wsis.steps import ClassInfo
 
-ImageSource = Callable[[], NDArray[np.uint8]]
-"""Gives the source image on demand, so that writers that do not need it cost no memory."""
+
+@dataclass(frozen=True)
+class ImageFile:
+    """An image file and what its results are called.
+
+    Attributes:
+        path: of the file.
+        file_name: path relative to what all sources of a run have in common, with ``/``.
+        name: the same without ending where that is unique in the run; results get this name.
+    """
+
+    path: Path
+    file_name: str
+    name: str
 
 
 class Writer(Protocol):
@@ -31,20 +44,19 @@ class Writer(Protocol):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None: ...
 
-    def write(self, name: str, instances: Instances, image: ImageSource) -> None:
+    def write(self, image: ImageFile, instances: Instances) -> None:
         """Write one answer.
 
         Args:
-            name: relative path of the image without its ending.
+            image: the source.
             instances: in pixels of the source image.
-            image: gives the source image.
 
         Raises:
             DataError: a file cannot be written.
         """
         ...
 
-    def has(self, name: str) -> bool:
+    def has(self, image: ImageFile) -> bool:
         """Tell whether the answer for an image is there already, from an earlier run."""
         ...
 
@@ -58,12 +70,12 @@ class _FolderWriter:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
-    def has(self, name: str) -> bool:
+    def has(self, image: ImageFile) -> bool:
         """Tell whether the files of an image are there already."""
-        return self._path(name, self.ending).is_file()
+        return self._path(image, self.ending).is_file()
 
-    def _path(self, name: str, ending: str) -> Path:
-        return self.folder / f"{name}{ending}"
+    def _path(self, image: ImageFile, ending: str) -> Path:
+        return self.folder / f"{image.name}{ending}"
 
     def __enter__(self) -> Self:
         return self
@@ -92,25 +104,25 @@ class IdsWriter(_FolderWriter):
         self._names = [info.name for info in classes]
         self._model = model
 
-    def write(self, name: str, instances: Instances, image: ImageSource) -> None:
+    def write(self, image: ImageFile, instances: Instances) -> None:
         """Write the id map and its sidecar."""
         ids = instances.instance_ids.astype(np.uint8 if len(instances) <= 255 else np.uint16)
-        write_bytes_atomically(_prepare(self._path(name, ".png")), encode_png(ids))
-        write_bytes_atomically(self._path(name, ".json"), _json_bytes(self._describe(name, instances)))
+        write_bytes_atomically(_prepare(self._path(image, ".png")), encode_png(ids))
+        write_bytes_atomically(self._path(image, ".json"), _json_bytes(self._describe(image, instances)))
 
-    def read(self, name: str) -> Instances | None:
+    def read(self, image: ImageFile) -> Instances | None:
         """Return an answer that an earlier run left here, or nothing if it is missing, damaged or of another model."""
         try:
-            sidecar = json.loads(self._path(name, ".json").read_bytes())
+            sidecar = json.loads(self._path(image, ".json").read_bytes())
             if sidecar["model"] != self._model:
                 return None
-            ids = _read_ids(self._path(name, ".png"))
+            ids = _read_ids(self._path(image, ".png"))
             rows = sidecar["instances"]
             return Instances.from_ids(ids, [row["label"] for row in rows], [row["score"] for row in rows])
         except (OSError, ValueError, KeyError, TypeError, DataError):
             return None
 
-    def _describe(self, name: str, instances: Instances) -> dict[str, Any]:
+    def _describe(self, image: ImageFile, instances: Instances) -> dict[str, Any]:
         height, width = instances.instance_ids.shape
         columns = zip(
             instances.labels.tolist(),
@@ -124,7 +136,7 @@ class IdsWriter(_FolderWriter):
             for i, (label, score, area, box) in enumerate(columns, start=1)
         ]
         return {
-            "image": name,
+            "image": image.file_name,
             "height": height,
             "width": width,
             "box_format": "xyxy",
@@ -148,12 +160,12 @@ class OverlayWriter(_FolderWriter):
         self._names = [info.name for info in classes]
         self._colors = [info.color for info in classes]
 
-    def write(self, name: str, instances: Instances, image: ImageSource) -> None:
+    def write(self, image: ImageFile, instances: Instances) -> None:
         """Draw and write one overlay."""
         from cl4wsis_serve.draw import draw_overlay
 
-        overlay = draw_overlay(image(), instances, self._names, self._colors)
-        write_bytes_atomically(_prepare(self._path(name, self.ending)), encode_jpeg(overlay))
+        overlay = draw_overlay(read_image(image.path), instances, self._names, self._colors)
+        write_bytes_atomically(_prepare(self._path(image, self.ending)), encode_jpeg(overlay))
 
 
 class CocoWriter:
@@ -180,19 +192,19 @@ class CocoWriter:
         self._file.write('{"annotations": [')
         return self
 
-    def write(self, name: str, instances: Instances, image: ImageSource) -> None:
+    def write(self, image: ImageFile, instances: Instances) -> None:
         """Append the instances of one image."""
         if self._file is None:
             raise ValueError("the writer is not open; use it in a 'with' statement")
         height, width = instances.instance_ids.shape
         image_id = len(self._images) + 1
-        self._images.append({"id": image_id, "file_name": name, "height": height, "width": width})
+        self._images.append({"id": image_id, "file_name": image.file_name, "height": height, "width": width})
         for annotation, area in zip(instances.to_coco(image_id), instances.areas.tolist(), strict=True):
             self._num_annotations += 1
             self._file.write(",\n" if self._num_annotations > 1 else "\n")
             json.dump({"id": self._num_annotations, **annotation, "area": area, "iscrowd": 0}, self._file)
 
-    def has(self, name: str) -> bool:
+    def has(self, image: ImageFile) -> bool:
         """Return False: the file is made anew in every run."""
         return False
 

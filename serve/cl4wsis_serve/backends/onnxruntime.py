@@ -140,7 +140,7 @@ def _missing_provider(runtime: Any, provider: str) -> str:
     have = ", ".join(runtime.get_available_providers())
     return (
         f"the installed onnxruntime {runtime.__version__} has no {provider} (it has {have}); "
-        "run: pip uninstall onnxruntime && pip install 'cl4wsis[gpu]'"
+        "on a machine with an NVIDIA GPU, run: pip uninstall onnxruntime && pip install 'cl4wsis[gpu]'"
     )
 
 

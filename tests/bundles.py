@@ -1,0 +1,128 @@
+"""A real bundle small enough to follow by eye: its graph finds red and blue areas by a threshold.
+
+Red pixels (red above 128) are instance 1, class "red", score 0.9; other pixels with blue above 128 are instance 2,
+class "blue", score 0.6. A color that does not occur leaves its slot empty.
+"""
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper, numpy_helper
+
+from cl4wsis.bundle import GraphInfo, Manifest, TensorInfo, metadata_from_manifest, write_bundle
+from cl4wsis.grouping import GroupingSpec
+from cl4wsis.steps import ClassInfo, InputRule
+
+SIZE = (32, 48)
+SLOTS = 4
+RED, BLUE, GRAY = (220, 10, 10), (10, 10, 220), (90, 90, 90)
+
+_OUTPUTS = {
+    "instance_ids": ("uint8", ("batch", *SIZE)),
+    "labels": ("int32", ("batch", SLOTS)),
+    "scores": ("float32", ("batch", SLOTS)),
+    "areas": ("int32", ("batch", SLOTS)),
+    "boxes": ("float32", ("batch", SLOTS, 4)),
+}
+_TYPES = {"uint8": TensorProto.UINT8, "int32": TensorProto.INT32, "float32": TensorProto.FLOAT}
+
+
+def color_manifest(**changes: object) -> Manifest:
+    """Describe the graph; keywords replace fields."""
+    fields = {
+        "name": "colors-step1",
+        "plan": "colors",
+        "step": 1,
+        "classes": (
+            ClassInfo(name="red", step_added=0, color=(200, 0, 0)),
+            ClassInfo(name="blue", step_added=1, color=(0, 0, 200)),
+        ),
+        "input": InputRule(size=SIZE, mean=(90.0, 90.0, 90.0), std=(50.0, 50.0, 50.0)),
+        "inputs": (TensorInfo(name="images", dtype="uint8", shape=("batch", *SIZE, 3), meaning="RGB"),),
+        "outputs": tuple(
+            TensorInfo(name=name, dtype=dtype, shape=shape, meaning=name) for name, (dtype, shape) in _OUTPUTS.items()
+        ),
+        "grouping": GroupingSpec(max_instances=SLOTS),
+        "graph": GraphInfo(opset=18, operators={}, region_rounds=1),
+        "weights_sha256": "0" * 64,
+        "parent_sha256": None,
+        "created": "2026-01-01T00:00:00+00:00",
+    }
+    return Manifest.model_validate({**fields, **changes})
+
+
+def color_model(manifest: Manifest | None = None) -> onnx.ModelProto:
+    """Build the graph; with a manifest its metadata is stored too."""
+    constants = {
+        "threshold": np.uint8(128),
+        "zero": np.array([0], np.int64),
+        "one": np.array([1], np.int64),
+        "two": np.array([2], np.int64),
+        "three": np.array([3], np.int64),
+        "channels": np.array([3], np.int64),
+        "plane": np.array([1, 2], np.int64),
+        "two_i": np.int32(2),
+        "zero_i": np.int32(0),
+        "no_slots": np.zeros((1, SLOTS - 2), np.int32),
+        "slot_labels": np.array([[0, 1, 0, 0]], np.int32),
+        "slot_scores": np.array([[0.9, 0.6, 0, 0]], np.float32),
+        "no_box": np.zeros((1, SLOTS, 4), np.float32),
+    }
+    nodes = [
+        helper.make_node("Slice", ["images", "zero", "one", "channels"], ["red_4d"]),
+        helper.make_node("Slice", ["images", "two", "three", "channels"], ["blue_4d"]),
+        helper.make_node("Squeeze", ["red_4d", "channels"], ["red"]),
+        helper.make_node("Squeeze", ["blue_4d", "channels"], ["blue"]),
+        helper.make_node("Greater", ["red", "threshold"], ["is_red"]),
+        helper.make_node("Greater", ["blue", "threshold"], ["is_bluish"]),
+        helper.make_node("Not", ["is_red"], ["not_red"]),
+        helper.make_node("And", ["is_bluish", "not_red"], ["is_blue"]),
+        helper.make_node("Cast", ["is_red"], ["red_i"], to=TensorProto.INT32),
+        helper.make_node("Cast", ["is_blue"], ["blue_i"], to=TensorProto.INT32),
+        helper.make_node("Mul", ["blue_i", "two_i"], ["blue_ids"]),
+        helper.make_node("Add", ["red_i", "blue_ids"], ["ids"]),
+        helper.make_node("Cast", ["ids"], ["instance_ids"], to=TensorProto.UINT8),
+        helper.make_node("ReduceSum", ["red_i", "plane"], ["red_area"], keepdims=0),
+        helper.make_node("ReduceSum", ["blue_i", "plane"], ["blue_area"], keepdims=0),
+        helper.make_node("Unsqueeze", ["red_area", "one"], ["red_column"]),
+        helper.make_node("Unsqueeze", ["blue_area", "one"], ["blue_column"]),
+        helper.make_node("Concat", ["red_column", "blue_column"], ["two_areas"], axis=1),
+        helper.make_node("Mul", ["red_column", "no_slots"], ["no_areas"]),
+        helper.make_node("Concat", ["two_areas", "no_areas"], ["areas"], axis=1),
+        helper.make_node("Greater", ["areas", "zero_i"], ["present"]),
+        helper.make_node("Cast", ["present"], ["present_i"], to=TensorProto.INT32),
+        helper.make_node("Cast", ["present"], ["present_f"], to=TensorProto.FLOAT),
+        helper.make_node("Mul", ["present_i", "slot_labels"], ["labels"]),
+        helper.make_node("Mul", ["present_f", "slot_scores"], ["scores"]),
+        helper.make_node("Unsqueeze", ["present_f", "two"], ["present_3d"]),
+        helper.make_node("Mul", ["present_3d", "no_box"], ["boxes"]),
+    ]
+    graph = helper.make_graph(
+        nodes,
+        "colors",
+        [helper.make_tensor_value_info("images", TensorProto.UINT8, ["batch", *SIZE, 3])],
+        [helper.make_tensor_value_info(name, _TYPES[dtype], shape) for name, (dtype, shape) in _OUTPUTS.items()],
+        [numpy_helper.from_array(np.asarray(value), name) for name, value in constants.items()],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
+    onnx.checker.check_model(model)
+    if manifest is not None:
+        helper.set_model_props(model, metadata_from_manifest(manifest))
+    return model
+
+
+def write_color_bundle(path: Path, **changes: object) -> Path:
+    """Write the bundle; keywords replace fields of its manifest."""
+    manifest = color_manifest(**changes)
+    model = color_model(manifest).SerializeToString()
+    return write_bundle(path, manifest, {"model.onnx": model, "labels.txt": b"red\nblue\n"})
+
+
+def color_image(height: int = 64, width: int = 96) -> np.ndarray:
+    """Draw a gray (height, width, 3) image with a red rectangle upper left and a blue one lower right."""
+    image = np.empty((height, width, 3), np.uint8)
+    image[:] = GRAY
+    image[height // 8 : height // 2, width // 8 : width // 2] = RED
+    image[height // 2 : height - height // 8, width // 2 : width - width // 8] = BLUE
+    return image

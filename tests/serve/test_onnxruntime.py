@@ -1,0 +1,102 @@
+"""The ONNX Runtime backend: what it checks before it answers."""
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+from bundles import SIZE, color_manifest, color_model, write_color_bundle
+
+from cl4wsis.bundle import TensorInfo
+from cl4wsis.errors import BackendError
+from cl4wsis_serve import BACKENDS, Predictor, backend_status
+from cl4wsis_serve.backends.onnxruntime import OnnxRuntimeBackend, usable_cores
+
+HAS_CUDA = "CUDAExecutionProvider" in onnxruntime.get_available_providers()
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    path = tmp_path / "model.onnx"
+    onnx.save(color_model(), path)
+    return path
+
+
+@pytest.mark.parametrize("batch", [1, 2, 5])
+def test_run_gives_all_outputs_for_any_batch(model: Path, batch: int) -> None:
+    backend = OnnxRuntimeBackend(model, color_manifest(), threads=1)
+    outputs = backend.run(np.full((batch, *SIZE, 3), 200, np.uint8))
+    assert {name: array.shape for name, array in outputs.items()} == {
+        "instance_ids": (batch, *SIZE),
+        "labels": (batch, 4),
+        "scores": (batch, 4),
+        "areas": (batch, 4),
+        "boxes": (batch, 4, 4),
+    }
+    assert (outputs["instance_ids"] == 1).all()
+
+
+@pytest.mark.parametrize(
+    ("tensor", "message"),
+    [
+        (TensorInfo(name="masks", dtype="uint8", shape=("batch",), meaning=""), "has no output 'masks'"),
+        (TensorInfo(name="labels", dtype="int64", shape=("batch", 4), meaning=""), "'labels' is int32"),
+        (TensorInfo(name="labels", dtype="int32", shape=("batch", 64), meaning=""), r"\(batch, 64\) in the manifest"),
+        (TensorInfo(name="labels", dtype="int32", shape=("batch",), meaning=""), r"\(batch\) in the manifest"),
+    ],
+)
+def test_graph_that_is_not_the_manifest_s_is_refused(model: Path, tensor: TensorInfo, message: str) -> None:
+    with pytest.raises(BackendError, match=message):
+        OnnxRuntimeBackend(model, color_manifest(outputs=(tensor,)))
+
+
+def test_wrong_input_size_is_refused(model: Path) -> None:
+    inputs = (TensorInfo(name="images", dtype="uint8", shape=("batch", 64, 64, 3), meaning=""),)
+    with pytest.raises(BackendError, match="input 'images'"):
+        OnnxRuntimeBackend(model, color_manifest(inputs=inputs))
+
+
+def test_damaged_graph_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "damaged.onnx"
+    path.write_bytes(b"no protobuf")
+    with pytest.raises(BackendError, match=r"damaged\.onnx: onnxruntime .* cannot load it"):
+        OnnxRuntimeBackend(path, color_manifest())
+
+
+def test_failing_run_says_what_to_do(model: Path) -> None:
+    backend = OnnxRuntimeBackend(model, color_manifest())
+    with pytest.raises(BackendError, match="use a smaller batch size"):
+        backend.run(np.zeros((1, 5, 5, 3), np.uint8))
+
+
+@pytest.mark.skipif(HAS_CUDA, reason="needs a build of onnxruntime without CUDA")
+def test_cuda_without_the_gpu_wheel_names_the_way_out(model: Path) -> None:
+    with pytest.raises(BackendError, match=r"pip install 'cl4wsis\[gpu\]'"):
+        OnnxRuntimeBackend(model, color_manifest(), device="cuda")
+
+
+def test_silent_fallback_to_the_cpu_is_an_error(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    session = SimpleNamespace(get_providers=lambda: ["CPUExecutionProvider"])
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CUDAExecutionProvider"])
+    monkeypatch.setattr(onnxruntime, "InferenceSession", lambda *args, **kwargs: session)
+    with pytest.raises(BackendError, match="fell back to CPUExecutionProvider"):
+        OnnxRuntimeBackend(model, color_manifest(), device="cuda")
+
+
+def test_unknown_backend_lists_the_known(tmp_path: Path) -> None:
+    bundle = write_color_bundle(tmp_path / "colors.cl4wsis")
+    with pytest.raises(BackendError, match="unknown backend 'tensorflow'; known: auto, onnxruntime-cuda, onnxruntime"):
+        Predictor.open(bundle, backend="tensorflow")
+
+
+def test_status_covers_every_backend() -> None:
+    status = backend_status()
+    assert tuple(status) == BACKENDS
+    assert status["onnxruntime"] is None
+    assert (status["onnxruntime-cuda"] is None) == HAS_CUDA
+
+
+def test_at_least_one_core_is_usable() -> None:
+    assert usable_cores() >= 1

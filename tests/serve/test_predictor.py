@@ -1,0 +1,165 @@
+"""The Predictor over a real graph on ONNX Runtime, and over recorded outputs."""
+
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+from bundles import RED, SIZE, SLOTS, color_image, color_manifest, write_color_bundle
+
+from cl4wsis.errors import BackendError, BundleError, DataError
+from cl4wsis.images import write_png
+from cl4wsis.instances import Instances
+from cl4wsis_serve import Predictor
+from cl4wsis_serve.backends.recorded import RecordedBackend
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_color_bundle(tmp_path_factory.mktemp("bundles") / "colors.cl4wsis")
+
+
+@pytest.fixture(scope="module")
+def predictor(bundle: Path) -> Predictor:
+    return Predictor.open(bundle)
+
+
+def recording(ids: np.ndarray, labels: list[int], scores: list[float]) -> dict[str, np.ndarray]:
+    pad = SLOTS - len(labels)
+    return {
+        "instance_ids": ids.astype(np.uint8),
+        "labels": np.array([*labels, *[0] * pad], np.int32),
+        "scores": np.array([*scores, *[0.0] * pad], np.float32),
+        "areas": np.bincount(ids.ravel(), minlength=SLOTS + 1)[1 : SLOTS + 1].astype(np.int32),
+        "boxes": np.zeros((SLOTS, 4), np.float32),
+    }
+
+
+@pytest.mark.parametrize(("height", "width"), [(64, 96), (32, 48), (16, 24), (320, 480)])
+def test_instances_come_back_in_source_pixels(predictor: Predictor, height: int, width: int) -> None:
+    found = predictor.predict(color_image(height, width))
+    np.testing.assert_array_equal(found.labels, [0, 1])
+    np.testing.assert_allclose(found.scores, [0.9, 0.6])
+    h, w = height // 8, width // 8
+    np.testing.assert_array_equal(found.boxes, [[w, h, 4 * w, 4 * h], [4 * w, 4 * h, 7 * w, 7 * h]])
+    np.testing.assert_array_equal(found.areas, [9 * h * w, 9 * h * w])
+
+
+def test_tall_image_in_a_wide_frame(predictor: Predictor) -> None:
+    found = predictor.predict(color_image(96, 40))
+    assert found.instance_ids.shape == (96, 40)
+    np.testing.assert_allclose(found.boxes, [[5, 12, 20, 48], [20, 48, 35, 84]], atol=3)
+
+
+def test_padding_is_no_instance(predictor: Predictor) -> None:
+    found = predictor.predict(np.full((64, 8, 3), RED, np.uint8))
+    np.testing.assert_array_equal(found.instance_ids, np.ones((64, 8), np.int32))
+
+
+def test_empty_image_gives_no_instance(predictor: Predictor) -> None:
+    found = predictor.predict(np.full((20, 30, 3), 90, np.uint8))
+    assert len(found) == 0
+    assert found.instance_ids.shape == (20, 30)
+
+
+def test_path_and_array_give_the_same(predictor: Predictor, tmp_path: Path) -> None:
+    write_png(tmp_path / "a.png", color_image())
+    from_path, from_array = predictor.predict(tmp_path / "a.png"), predictor.predict(color_image())
+    np.testing.assert_array_equal(from_path.instance_ids, from_array.instance_ids)
+
+
+def test_batch_is_what_single_images_give(predictor: Predictor) -> None:
+    images = [color_image(64, 96), np.full((20, 30, 3), 90, np.uint8), color_image(96, 40)]
+    for image, found in zip(images, predictor.predict_batch(images), strict=True):
+        np.testing.assert_array_equal(found.instance_ids, predictor.predict(image).instance_ids)
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 5, 100])
+def test_stream_keeps_order_and_reports_broken_files(predictor: Predictor, tmp_path: Path, batch_size: int) -> None:
+    sources = [tmp_path / f"{i}.png" for i in range(7)]
+    for i, source in enumerate(sources):
+        write_png(source, color_image(16 + i, 24))
+    sources[2].write_bytes(b"not an image")
+    sources.insert(4, tmp_path / "missing.png")
+    answers = list(predictor.stream(sources, batch_size))
+    assert [source for source, _ in answers] == sources
+    assert [i for i, (_, result) in enumerate(answers) if isinstance(result, DataError)] == [2, 4]
+    heights = [result.instance_ids.shape[0] for _, result in answers if isinstance(result, Instances)]
+    assert heights == [16, 17, 19, 20, 21, 22]
+
+
+def test_stream_of_nothing_ends(predictor: Predictor) -> None:
+    assert list(predictor.stream([])) == []
+
+
+def test_stream_refuses_an_empty_batch(predictor: Predictor) -> None:
+    with pytest.raises(ValueError, match="batch_size must be positive"):
+        next(predictor.stream([color_image()], 0))
+
+
+def test_stream_holds_two_batches_at_most() -> None:
+    backend = RecordedBackend([recording(np.zeros(SIZE, int), [], [])])
+    taken = 0
+
+    def endless():  # type: ignore[no-untyped-def]
+        nonlocal taken
+        while True:
+            taken += 1
+            yield np.zeros((8, 8, 3), np.uint8)
+
+    stream = Predictor(color_manifest(), backend).stream(endless(), batch_size=3)
+    for _ in range(10):
+        next(stream)
+    assert taken <= 10 + 2 * 3
+    before = threading.active_count()
+    stream.close()
+    assert threading.active_count() < before
+
+
+def test_unused_slots_are_dropped_wherever_they_stand() -> None:
+    ids = np.zeros(SIZE, int)
+    ids[:8], ids[16:24] = 1, 3
+    backend = RecordedBackend([recording(ids, [1, 0, 0], [0.5, 0.0, 0.75])])
+    found = Predictor(color_manifest(), backend).predict(np.zeros((*SIZE, 3), np.uint8))
+    np.testing.assert_array_equal(found.labels, [1, 0])
+    np.testing.assert_allclose(found.scores, [0.5, 0.75])
+    np.testing.assert_array_equal(np.unique(found.instance_ids), [0, 1, 2])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"labels": np.array([7, 0, 0, 0], np.int32)}, "class 7, but the manifest has 2 classes"),
+        ({"instance_ids": np.full(SIZE, 9, np.uint8)}, "instance 9 of 4 slots"),
+        ({"scores": np.zeros(3, np.float32)}, "'scores' has shape"),
+        ({"instance_ids": np.zeros((4, 4), np.uint8)}, "'instance_ids' has shape"),
+    ],
+)
+def test_answers_that_do_not_fit_the_manifest_are_refused(change: dict[str, np.ndarray], message: str) -> None:
+    backend = RecordedBackend([{**recording(np.zeros(SIZE, int), [], []), **change}])
+    with pytest.raises(BackendError, match=message):
+        Predictor(color_manifest(), backend).predict(color_image())
+
+
+def test_lone_graph_works_from_its_metadata(bundle: Path, tmp_path: Path) -> None:
+    lone = tmp_path / "model.onnx"
+    lone.write_bytes((bundle / "model.onnx").read_bytes())
+    predictor = Predictor.open(lone)
+    assert [info.name for info in predictor.classes] == ["red", "blue"]
+    assert len(predictor.predict(color_image())) == 2
+
+
+def test_foreign_and_missing_models_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(BundleError):
+        Predictor.open(tmp_path / "gone.cl4wsis")
+    (tmp_path / "foreign.onnx").write_bytes(b"hello")
+    with pytest.raises(BundleError):
+        Predictor.open(tmp_path / "foreign.onnx")
+
+
+def test_auto_says_why_a_backend_was_skipped(predictor: Predictor) -> None:
+    if predictor.backend.name == "onnxruntime-cuda":
+        pytest.skip("this machine has the GPU build of onnxruntime and a GPU")
+    assert predictor.backend.name == "onnxruntime"
+    assert list(predictor.skipped) == ["onnxruntime-cuda"]
+    assert "CUDAExecutionProvider" in predictor.skipped["onnxruntime-cuda"]
