@@ -67,9 +67,9 @@ def encode_instance_targets(instance_ids: Tensor, labels: Tensor, num_classes: i
         (batch, num_classes, height, width),
         sigma,
     )
-    offsets = means.index_select(0, slots) - points
-    offset_target = scatter_pixels(pixels, offsets.float(), batch, height, width)
-    loss_weight = scatter_pixels(pixels, torch.ones_like(offsets[:, :1], dtype=torch.float32), batch, height, width)
+    offsets = (means.index_select(0, slots) - points).float()
+    offset_target = scatter_pixels(pixels, offsets, batch, height, width)
+    loss_weight = scatter_pixels(pixels, torch.ones_like(offsets[:, :1]), batch, height, width)
     return InstanceTargets(center_target, offset_target, loss_weight)
 
 
@@ -166,7 +166,7 @@ def scatter_pixels(pixels: Tensor, values: Tensor, batch: int, height: int, widt
     first = pixels + torch.div(pixels, area, rounding_mode="floor") * (area * (depth - 1))  # position in channel 0
     maps = values.new_zeros(batch * depth * area)
     for channel in range(depth):
-        maps[first + channel * area] = values[:, channel]
+        maps.scatter_(0, first + channel * area, values[:, channel])
     return maps.view(batch, depth, height, width)
 
 
@@ -175,9 +175,9 @@ def _instance_pixels(instance_ids: Tensor, labels: Tensor) -> tuple[Tensor, Tens
     batch, num_slots = labels.shape
     pixels = instance_ids.reshape(-1).nonzero()[:, 0]
     image_index = torch.div(pixels, instance_ids[0].numel(), rounding_mode="floor")
-    slots = image_index * num_slots + instance_ids.reshape(-1)[pixels].long() - 1
+    slots = image_index * num_slots + instance_ids.reshape(-1).index_select(0, pixels).long() - 1
     if bool((labels < 0).any()) and batch * num_slots:
-        known = labels.reshape(-1)[slots] >= 0
+        known = labels.reshape(-1).index_select(0, slots) >= 0
         pixels, slots = pixels[known], slots[known]
     return pixels, slots
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from cl4wsis.recipe import PeakSettings
 from cl4wsis.tasks import ClassSplit
-from cl4wsis_train.data.targets import InstanceTargets, render_center_heatmap, scatter_pixels
+from cl4wsis_train.data.targets import InstanceTargets, pixel_points, render_center_heatmap, scatter_pixels
 from cl4wsis_train.pseudo.regions import Regions, find_local_maxima, rank_in_group, scale_window
 
 
@@ -90,8 +90,8 @@ def semantic_map_from_logits(
             allowed[:, split.semantic_old] = True
         # One image at a time: C full-size maps are by far the largest tensors of the synthesis.
         images = [
-            _classify_pixels(single, mask, split.semantic_new.start, size)
-            for single, mask in zip(logits, allowed, strict=True)
+            _classify_pixels(logits[image : image + 1], allowed[image], split.num_old_classes + 1, size)
+            for image in range(len(logits))
         ]
         semantic_maps, probs = zip(*images, strict=True)
         return SemanticMap(torch.stack(semantic_maps), torch.stack(probs))
@@ -131,9 +131,10 @@ def find_peaks(
         if len(maps):
             maps = F.interpolate(maps, size=size, mode="bilinear", align_corners=False)
         # What lies below the threshold neither is a peak nor hides one.
-        which, _, rows, columns = (maps >= settings.threshold).nonzero(as_tuple=True)
-        scores = maps[which, 0, rows, columns]
-        points = torch.stack((rows, columns), dim=1)
+        pixels = (maps >= settings.threshold).view(-1).nonzero()[:, 0]
+        scores = maps.view(-1).index_select(0, pixels)
+        points = pixel_points(pixels, *size)
+        which = torch.div(pixels, size[0] * size[1], rounding_mode="floor")
         kept = find_local_maxima(points, scores, which, scale_window(settings.window, length_scale)).nonzero()[:, 0]
         kept = kept[torch.argsort(scores[kept], descending=True, stable=True)]
         kept = kept[torch.argsort(which[kept], stable=True)]
@@ -180,9 +181,10 @@ def synthesize_targets(
             (batch, split.num_new_classes, height, width),
             sigma,
         )
-        inside = isolated[regions.pixel_regions].nonzero()[:, 0]
-        pixels = regions.pixels[inside]
-        offsets = (regions.centroids[regions.pixel_regions[inside]] - regions.points[inside]).float()
+        inside = isolated.index_select(0, regions.pixel_regions).nonzero()[:, 0]
+        pixels = regions.pixels.index_select(0, inside)
+        centers = regions.centroids.index_select(0, regions.pixel_regions.index_select(0, inside))
+        offsets = (centers - regions.points.index_select(0, inside)).float()
         targets = InstanceTargets(
             center_target,
             scatter_pixels(pixels, offsets, batch, height, width),
@@ -208,9 +210,11 @@ def find_regions(semantic_map: Tensor, image_labels: Tensor, split: ClassSplit, 
     """
     channels = F.pad(image_labels > 0, (1, 0))  # (B, C)
     channels[:, split.semantic_old] = False
-    values = torch.arange(channels.shape[1], device=semantic_map.device) * channels  # 0 where a class does not count
-    new_map = values.gather(1, semantic_map.long().flatten(1)).view_as(semantic_map)
-    return Regions.from_class_map(new_map.to(torch.int32), connectivity=8, min_area=min_area)
+    batch, num_channels = channels.shape
+    values = torch.arange(num_channels, device=semantic_map.device) * channels  # 0 where a class does not count
+    rows = torch.arange(batch, device=semantic_map.device)[:, None, None] * num_channels
+    new_map = values.to(torch.int32).view(-1).index_select(0, (semantic_map + rows).view(-1))
+    return Regions.from_class_map(new_map.view_as(semantic_map), connectivity=8, min_area=min_area)
 
 
 def count_peaks(regions: Regions, peaks: Peaks) -> Tensor:
@@ -222,16 +226,20 @@ def count_peaks(regions: Regions, peaks: Peaks) -> Tensor:
 
 
 def _classify_pixels(logits: Tensor, allowed: Tensor, first_new: int, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
-    """Return class map and probability of new classes, (H, W) each, of one image's logits (C, h, w)."""
-    # Channels last: interpolation and the choice of a class both run along the channels of a pixel.
-    channels_last = logits.unsqueeze(0).contiguous(memory_format=torch.channels_last)
-    maps = F.interpolate(channels_last, size=size, mode="bilinear", align_corners=False)
-    rows = maps.permute(0, 2, 3, 1).reshape(-1, maps.shape[1])  # (H * W, C)
-    classes = rows.argmax(1)
-    # The best class is kept almost everywhere: choose again only where the tags forbid it.
-    forbidden = (~allowed[classes]).nonzero()[:, 0]
-    classes[forbidden] = rows[forbidden].masked_fill(~allowed, -torch.inf).argmax(1)
-    new = (classes >= first_new).nonzero()[:, 0]
-    probs = torch.zeros_like(classes, dtype=torch.float32)
-    probs[new] = torch.softmax(rows.index_select(0, new), dim=1).gather(1, classes[new, None])[:, 0]
+    """Return class map and probability of new classes, (H, W) each, of one image's logits (1, C, h, w)."""
+    channels = allowed.nonzero()[:, 0]  # (A,)
+    # Channels last: both the interpolation and the choice of a class run along the channels of a pixel.
+    candidates = logits.index_select(1, channels).contiguous(memory_format=torch.channels_last)
+    maps = F.interpolate(candidates, size=size, mode="bilinear", align_corners=False)
+    rows = maps.permute(0, 2, 3, 1).reshape(-1, len(channels))  # (H * W, A)
+    classes = channels.index_select(0, rows.argmax(1))
+
+    # All channels take part in the softmax, but only its values on new classes are needed.
+    pixels = (classes >= first_new).nonzero()[:, 0]
+    points = (2 * pixel_points(pixels, *size) + 1) / logits.new_tensor(size) - 1  # pixel centers in -1..1
+    sampled = F.grid_sample(
+        logits, points.flip(1)[None, None], mode="bilinear", padding_mode="border", align_corners=False
+    )[0, :, 0]  # (C, P)
+    chosen = torch.softmax(sampled, dim=0).gather(0, classes.index_select(0, pixels).unsqueeze(0))
+    probs = torch.zeros_like(classes, dtype=torch.float32).scatter_(0, pixels, chosen[0])
     return classes.view(size), probs.view(size)

@@ -58,13 +58,13 @@ def refine_targets(
     """
     with torch.no_grad():
         batch, _, height, width = center_heatmap.shape
-        channels = regions.labels[regions.pixel_regions]
+        channels = regions.labels.index_select(0, regions.pixel_regions)
         values = _values_at(center_heatmap, regions, channels).float()  # (P,)
         offsets = torch.stack([_values_at(offset_map, regions, channel) for channel in (0, 1)], dim=1).float()  # (P, 2)
         if class_probs.ndim == 4:
             probs = _values_at(class_probs, regions, channels + 1).float()
         else:
-            probs = class_probs.reshape(-1)[regions.pixels].float()
+            probs = class_probs.reshape(-1).index_select(0, regions.pixels).float()
 
         maxima = _find_center_seeds(values, regions, settings, length_scale)
         sinks = _find_sink_seeds(values, offsets, maxima, regions, settings, length_scale)
@@ -85,12 +85,12 @@ def refine_targets(
             (batch, split.num_new_classes, height, width),
             sigma,
         )
-        pixels = regions.pixels[grouped]
-        to_center = (centers[instance] - regions.points[grouped]).float()
+        pixels = regions.pixels.index_select(0, grouped)
+        to_center = (centers.index_select(0, instance) - regions.points.index_select(0, grouped)).float()
         return InstanceTargets(
             center_target,
             scatter_pixels(pixels, to_center, batch, height, width),
-            scatter_pixels(pixels, confidence[instance, None], batch, height, width),
+            scatter_pixels(pixels, confidence.index_select(0, instance).unsqueeze(1), batch, height, width),
         )
 
 
@@ -106,10 +106,10 @@ def merge_targets(isolated: InstanceTargets, refined: InstanceTargets) -> Instan
     Returns:
         Targets with the larger of both weights.
     """
-    certain = isolated.loss_weight > 0
+    certain = isolated.loss_weight
     return InstanceTargets(
-        torch.where(certain, isolated.center_target, refined.center_target),
-        torch.where(certain, isolated.offset_target, refined.offset_target),
+        torch.lerp(refined.center_target, isolated.center_target, certain),
+        torch.lerp(refined.offset_target, isolated.offset_target, certain),
         torch.maximum(isolated.loss_weight, refined.loss_weight),
     )
 
@@ -118,7 +118,8 @@ def _values_at(maps: Tensor, regions: Regions, channels: Tensor | int) -> Tensor
     """Read maps (B, D, H, W) at the region pixels, each in its channel, (P,)."""
     area = maps.shape[2] * maps.shape[3]
     images = torch.div(regions.pixels, area, rounding_mode="floor")
-    return maps.reshape(-1)[regions.pixels + (images * (maps.shape[1] - 1) + channels) * area]
+    positions = regions.pixels + (images * (maps.shape[1] - 1) + channels) * area
+    return maps.reshape(-1).index_select(0, positions)
 
 
 def _pixel_positions(seeds: Seeds, regions: Regions) -> Tensor:
@@ -181,27 +182,32 @@ def _group_pixels(seeds: Seeds, offsets: Tensor, regions: Regions) -> tuple[Tens
     """
     counts = torch.bincount(seeds.regions, minlength=len(regions))  # (R,)
     first_seed = counts.cumsum(0) - counts
-    grouped = (counts[regions.pixel_regions] > 0).nonzero()[:, 0]  # (G,)
-    instance = first_seed[regions.pixel_regions[grouped]]
+    grouped = (counts > 0).index_select(0, regions.pixel_regions).nonzero()[:, 0]  # (G,)
+    owners = regions.pixel_regions.index_select(0, grouped)
+    instance = first_seed.index_select(0, owners)
+
     # Only regions with several seeds ask for distances: theirs are compared one seed at a time.
-    active = (counts[regions.pixel_regions[grouped]] > 1).nonzero()[:, 0]
-    owners = regions.pixel_regions[grouped[active]]
-    targets = regions.points[grouped[active]] + offsets[grouped[active]]
-    nearest = _squared_distances(targets, seeds.points[first_seed[owners]])
-    for slot in range(1, int(counts.max()) if len(counts) else 0):
-        more = counts[owners] > slot
-        active, owners, targets, nearest = active[more], owners[more], targets[more], nearest[more]
-        candidates = first_seed[owners] + slot
-        distances = _squared_distances(targets, seeds.points[candidates])
-        closer = distances < nearest
-        instance[active[closer]] = candidates[closer]
+    contested = (counts > 1).index_select(0, owners).nonzero()[:, 0]
+    owners = owners.index_select(0, contested)
+    positions = grouped.index_select(0, contested)
+    rows, columns = (regions.points.index_select(0, positions) + offsets.index_select(0, positions)).unbind(1)
+    nearest = torch.full_like(rows, torch.inf)
+    choice = torch.zeros_like(owners)
+    for slot, points in enumerate(_pad_seeds(seeds, counts, first_seed).unbind(1)):
+        seed_rows, seed_columns = (axis.index_select(0, owners) for axis in points.unbind(1))
+        distances = (rows - seed_rows).square() + (columns - seed_columns).square()
+        choice.masked_fill_(distances < nearest, slot)
         nearest = torch.minimum(nearest, distances)
-    return grouped, instance
+    return grouped, instance.index_add(0, contested, choice)
 
 
-def _squared_distances(targets: Tensor, points: Tensor) -> Tensor:
-    difference = targets - points
-    return difference[:, 0].square() + difference[:, 1].square()
+def _pad_seeds(seeds: Seeds, counts: Tensor, first_seed: Tensor) -> Tensor:
+    """Return the seeds of every region in equal numbers, (R, S, 2) float32, filled up with infinity."""
+    num_slots = int(counts.max()) if len(counts) else 0
+    table = torch.full((len(counts), num_slots, 2), torch.inf, device=counts.device)
+    slots = torch.arange(len(seeds.regions), device=counts.device) - first_seed[seeds.regions]
+    table[seeds.regions, slots] = seeds.points.float()
+    return table
 
 
 def _drop_crowded(grouped: Tensor, instance: Tensor, seeds: Seeds, max_instances: int) -> tuple[Tensor, Tensor]:
@@ -209,8 +215,10 @@ def _drop_crowded(grouped: Tensor, instance: Tensor, seeds: Seeds, max_instances
     filled = torch.bincount(instance, minlength=len(seeds.points)) > 0
     num_regions = int(seeds.regions[-1]) + 1 if len(seeds.regions) else 0
     crowded = torch.bincount(seeds.regions[filled], minlength=num_regions) > max_instances
-    kept = ~crowded[seeds.regions[instance]]
-    return grouped[kept], instance[kept]
+    if not bool(crowded.any()):
+        return grouped, instance
+    kept = (~crowded[seeds.regions]).index_select(0, instance).nonzero()[:, 0]
+    return grouped.index_select(0, kept), instance.index_select(0, kept)
 
 
 def _score_instances(
@@ -225,16 +233,14 @@ def _score_instances(
     """Return the center, (K, 2), and the confidence, (K,), of the instance of every seed."""
     num_seeds = len(seeds.points)
     areas = torch.bincount(instance, minlength=num_seeds)
-    mean_probs = probs.new_zeros(num_seeds).index_add_(0, instance, probs[grouped]) / areas.clamp(min=1)
-    inside = values[grouped]
+    mean_probs = probs.new_zeros(num_seeds).index_add_(0, instance, probs.index_select(0, grouped)) / areas.clamp(min=1)
+    inside = values.index_select(0, grouped)
     peaks = inside.new_zeros(num_seeds).scatter_reduce_(0, instance, inside, "amax", include_self=False)
     # The first pixel that holds the maximum.
-    highest = (inside == peaks[instance]).nonzero()[:, 0]
-    positions = torch.zeros_like(areas).scatter_reduce_(
-        0, instance[highest], grouped[highest], "amin", include_self=False
-    )
+    highest = (inside == peaks.index_select(0, instance)).nonzero()[:, 0]
+    positions = torch.zeros_like(areas)
+    positions.scatter_reduce_(0, instance[highest], grouped[highest], "amin", include_self=False)
     weak = peaks < settings.center_threshold
-    points = regions.points[positions] if len(regions.points) else seeds.points
-    centers = torch.where(weak[:, None], regions.centroids[seeds.regions], points)
+    centers = torch.where(weak[:, None], regions.centroids[seeds.regions], regions.points[positions])
     confidence = torch.where(weak, mean_probs, peaks * mean_probs).clamp(0, 1)
     return centers, confidence

@@ -56,7 +56,7 @@ class Regions(NamedTuple):
         for image, (part_map, part_ids) in enumerate(zip(maps, ids, strict=True)):
             for value in np.flatnonzero(np.bincount(part_map.reshape(-1))[1:]) + 1:
                 table = _label_class(part_map == value, connectivity, min_area, num_regions, part_ids)
-                tables.append(np.insert(table, 0, (image, int(value) - 1), axis=1))
+                tables.append(np.column_stack((np.full((len(table), 2), (image, value - 1)), table)))
                 num_regions += len(table)
         columns = np.concatenate(tables) if tables else np.zeros((0, 5), dtype=np.int64)
         table_on_device = torch.from_numpy(columns).to(class_map.device)  # image, class, area, y, x
@@ -66,7 +66,7 @@ class Regions(NamedTuple):
             region_ids=region_ids,
             pixels=pixels,
             points=pixel_points(pixels, *region_ids.shape[1:]),
-            pixel_regions=region_ids.view(-1)[pixels].long() - 1,
+            pixel_regions=region_ids.view(-1).index_select(0, pixels).long() - 1,
             image_index=table_on_device[:, 0],
             labels=table_on_device[:, 1],
             areas=table_on_device[:, 2],
@@ -85,16 +85,15 @@ def find_local_maxima(points: Tensor, values: Tensor, groups: Tensor, window: in
     Args:
         points: (P, 2) whole pixels, (y, x), in raster order.
         values: (P,) floating point.
-        groups: (P,) integers; pixels of different groups do not see each other.
+        groups: (P,) group numbers from 0; pixels of different groups do not see each other.
         window: odd side of the window in pixels.
 
     Returns:
         (P,) bool.
     """
-    maxima = values == _windowed_maximum(points, values, groups, window)
-    kept = maxima.nonzero()[:, 0]
-    last = kept == _windowed_maximum(points[kept], kept.double(), groups[kept], 3)
-    return maxima.index_put((kept,), last)
+    maxima = (values == _windowed_maximum(points, values, groups, window)).nonzero()[:, 0]
+    last = maxima == _windowed_maximum(points[maxima], maxima.double(), groups[maxima], 3)
+    return torch.zeros_like(values, dtype=torch.bool).index_fill_(0, maxima[last], True)
 
 
 def rank_in_group(groups: Tensor) -> Tensor:
@@ -144,17 +143,18 @@ def _windowed_maximum(points: Tensor, values: Tensor, groups: Tensor, window: in
     if len(points) == 0:
         return values
     radius = window // 2
-    names, index = torch.unique(groups, return_inverse=True)
-    first = _segment_reduce(points, index, len(names), "amin")  # (G, 2)
-    size = _segment_reduce(points, index, len(names), "amax") - first + 1
+    present = torch.bincount(groups) > 0
+    index = (present.cumsum(0) - 1).index_select(0, groups)  # (P,) without empty groups
+    num_groups = int(present.sum())
+    first = torch.stack([_reduce(axis, index, num_groups, "amin") for axis in points.unbind(1)], dim=1)  # (G, 2)
+    size = torch.stack([_reduce(axis, index, num_groups, "amax") for axis in points.unbind(1)], dim=1) - first + 1
     top = (size[:, 0] + radius).cumsum(0) - size[:, 0]
-    rows = points[:, 0] - first[index, 0] + top[index]
-    columns = points[:, 1] - first[index, 1] + radius
-    height, width = int(size[:, 0].sum()) + radius * (len(names) + 1), int(size[:, 1].max()) + 2 * radius
-    canvas = values.new_full((height, width), -torch.inf)
-    canvas[rows, columns] = values
-    canvas = _running_maximum(_running_maximum(canvas, window, 0), window, 1)
-    return canvas[rows - radius, columns - radius]
+    shift = torch.stack((top, torch.full_like(top, radius)), dim=1) - first
+    rows, columns = (points + shift.index_select(0, index)).unbind(1)
+    height, width = int(size[:, 0].sum()) + radius * (num_groups + 1), int(size[:, 1].max()) + 2 * radius
+    canvas = values.new_full((height * width,), -torch.inf).scatter_(0, rows * width + columns, values)
+    canvas = _running_maximum(_running_maximum(canvas.view(height, width), window, 0), window, 1)
+    return canvas.reshape(-1).index_select(0, (rows - radius) * canvas.shape[1] + columns - radius)
 
 
 def _running_maximum(maps: Tensor, window: int, dim: int) -> Tensor:
@@ -171,7 +171,6 @@ def _running_maximum(maps: Tensor, window: int, dim: int) -> Tensor:
     return maps
 
 
-def _segment_reduce(points: Tensor, index: Tensor, num_segments: int, reduce: str) -> Tensor:
-    """Reduce the coordinates of each segment's points, (S, 2)."""
-    result = points.new_zeros(num_segments, 2)
-    return result.scatter_reduce_(0, index[:, None].expand_as(points), points, reduce, include_self=False)
+def _reduce(values: Tensor, index: Tensor, num_groups: int, reduce: str) -> Tensor:
+    """Reduce the values of each group, (G,)."""
+    return values.new_zeros(num_groups).scatter_reduce_(0, index, values, reduce, include_self=False)

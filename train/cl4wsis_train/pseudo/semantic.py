@@ -46,7 +46,9 @@ def smooth_labels(probs: Tensor, alpha: float) -> Tensor:
     return alpha * hard + (1 - alpha) * probs
 
 
-def semantic_target(cam_logits: Tensor, old_probs: Tensor, image_labels: Tensor, alpha: float) -> Tensor:
+def semantic_target(
+    cam_logits: Tensor, old_probs: Tensor, image_labels: Tensor, alpha: float, suppress_old: bool = False
+) -> Tensor:
     """Build the Segmenter's target: the old network for old classes, smoothed activation maps for new ones.
 
     Background is the smaller of the two opinions about it, ``min(P'_0, Q_0)``.
@@ -56,6 +58,7 @@ def semantic_target(cam_logits: Tensor, old_probs: Tensor, image_labels: Tensor,
         old_probs: (B, o, h, w) sigmoid probabilities of the previous network, background first (P').
         image_labels: (B, C - 1) 0/1, the visible tags.
         alpha: share of the hard label in the new classes' target.
+        suppress_old: lower the old classes where new ones are seen, ``P'_c * (1 - max_n Q_n)``; not in the publication.
 
     Returns:
         (B, C, h, w) in [0, 1], without gradient.
@@ -66,6 +69,8 @@ def semantic_target(cam_logits: Tensor, old_probs: Tensor, image_labels: Tensor,
         num_old = old_probs.shape[1]
         target[:, 0] = torch.minimum(target[:, 0], old_probs[:, 0].float())
         target[:, 1:num_old] = old_probs[:, 1:]
+        if suppress_old:
+            target[:, 1:num_old] *= 1 - target[:, num_old:].amax(dim=1, keepdim=True)
     return target
 
 
