@@ -373,7 +373,8 @@ def test_ids_follow_the_image() -> None:
         lowest = -functional.max_pool2d(-numbers, 5, stride=1, padding=2)
         inside = (highest == lowest)[0]  # no other id within two pixels
         assert inside.float().mean() > 0.5
-        assert torch.equal(new_image[0].int()[inside], 100 * new_ids[inside])
+        difference = new_image[0].int() - 100 * new_ids
+        assert difference[inside].abs().max() <= 1  # 8-bit weights round
         outcomes.add(new_ids.numpy().tobytes())
     assert len(outcomes) == 30
 
