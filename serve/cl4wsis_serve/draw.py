@@ -92,9 +92,13 @@ def _instance_colors(instances: Instances, class_colors: Sequence[tuple[int, int
 
 
 def _blend_masks(canvas: NDArray[np.uint8], ids: NDArray[np.int32], colors: NDArray[np.float32]) -> NDArray[np.uint8]:
-    alpha = np.where(ids > 0, np.float32(_OPACITY), np.float32(0))[..., None]  # (H, W, 1)
-    blended: NDArray[np.float32] = canvas * (1 - alpha) + colors[ids] * alpha
-    return np.rint(blended).astype(np.uint8)
+    import cv2
+
+    blended = canvas.copy()
+    if len(colors) > 1:
+        tinted = cv2.addWeighted(canvas, 1 - _OPACITY, colors.astype(np.uint8)[ids], _OPACITY, 0)
+        np.copyto(blended, tinted, where=(ids > 0)[..., None])
+    return blended
 
 
 def _draw_contours(
@@ -103,10 +107,13 @@ def _draw_contours(
     """Paint the inner rim of every instance in its color, and a thin white line where it meets something else."""
     import cv2
 
-    rim = _edges(ids)
-    inner = cv2.dilate(rim, np.ones((2 * thickness + 1, 2 * thickness + 1), np.uint8)).astype(bool) & (ids > 0)
-    canvas = np.where(inner[..., None], colors[ids].astype(np.uint8), canvas)
-    return np.where((rim.astype(bool) & (ids > 0))[..., None], np.uint8(255), canvas)
+    edges = _edges(ids)
+    rim = cv2.dilate(edges, np.ones((2 * thickness + 1, 2 * thickness + 1), np.uint8)).astype(bool) & (ids > 0)
+    line = edges.astype(bool) & (ids > 0)
+    canvas = canvas.copy()
+    canvas[rim] = colors.astype(np.uint8)[ids[rim]]
+    canvas[line] = 255
+    return canvas
 
 
 def _edges(ids: NDArray[np.int32]) -> NDArray[np.uint8]:
