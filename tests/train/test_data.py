@@ -373,10 +373,9 @@ def test_ids_follow_the_image() -> None:
         lowest = -functional.max_pool2d(-numbers, 5, stride=1, padding=2)
         inside = (highest == lowest)[0]  # no other id within two pixels
         assert inside.float().mean() > 0.5
-        difference = new_image[0].int() - 100 * new_ids
-        assert difference[inside].abs().max() <= 1  # 8-bit weights round
+        assert torch.equal(new_image[0].int()[inside], 100 * new_ids[inside])
         outcomes.add(new_ids.numpy().tobytes())
-    assert len(outcomes) == 30
+    assert len(outcomes) >= 25  # a few take the whole image, for want of a crop that fits
 
 
 def test_resized_ids_keep_to_pixel_centers() -> None:
