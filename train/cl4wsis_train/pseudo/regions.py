@@ -6,7 +6,7 @@ Pixels of a batch are kept as lists: only the few that belong to a region are ev
 Shapes: B batch, R regions, P region pixels, H W the network input.
 """
 
-from typing import NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 import cv2
 import numpy as np
@@ -47,31 +47,29 @@ class Regions(NamedTuple):
             min_area: smaller parts are left out.
 
         Returns:
-            Regions in order of image, class and first pixel.
+            Regions in order of image and class.
         """
-        maps = class_map.cpu().numpy()
-        ids = np.zeros(maps.shape, dtype=np.int32)
-        tables: list[NDArray[np.int64]] = []
-        num_regions = 0
-        for image, (part_map, part_ids) in enumerate(zip(maps, ids, strict=True)):
-            for value in np.flatnonzero(np.bincount(part_map.reshape(-1))[1:]) + 1:
-                table = _label_class(part_map == value, connectivity, min_area, num_regions, part_ids)
-                tables.append(np.column_stack((np.full((len(table), 2), (image, value - 1)), table)))
-                num_regions += len(table)
-        columns = np.concatenate(tables) if tables else np.zeros((0, 5), dtype=np.int64)
-        table_on_device = torch.from_numpy(columns).to(class_map.device)  # image, class, area, y, x
-        region_ids = torch.from_numpy(ids).to(class_map.device)
+        device = class_map.device
+        ids, owners = _label_parts(class_map.cpu().numpy(), connectivity)
+        region_ids = torch.from_numpy(ids).to(device)
+        image_index, labels = torch.from_numpy(owners).to(device).unbind(1)  # (R,) each
         pixels = region_ids.view(-1).nonzero()[:, 0]
-        return cls(
-            region_ids=region_ids,
-            pixels=pixels,
-            points=pixel_points(pixels, *region_ids.shape[1:]),
-            pixel_regions=region_ids.view(-1).index_select(0, pixels).long() - 1,
-            image_index=table_on_device[:, 0],
-            labels=table_on_device[:, 1],
-            areas=table_on_device[:, 2],
-            centroids=table_on_device[:, 3:],
-        )
+        pixel_regions = region_ids.view(-1).index_select(0, pixels).long() - 1
+
+        large = torch.bincount(pixel_regions, minlength=len(labels)) >= min_area
+        if not bool(large.all()):
+            numbers = torch.where(large, large.cumsum(0), 0)  # (R,), from 1; 0 for what is too small
+            numbered = numbers.index_select(0, pixel_regions)
+            region_ids.view(-1).scatter_(0, pixels, numbered.to(torch.int32))
+            kept = numbered.nonzero()[:, 0]
+            pixels, pixel_regions = pixels.index_select(0, kept), numbered.index_select(0, kept) - 1
+            image_index, labels = image_index[large], labels[large]
+
+        points = pixel_points(pixels, *region_ids.shape[1:])
+        areas = torch.bincount(pixel_regions, minlength=len(labels))
+        sums = [torch.bincount(pixel_regions, axis.double(), len(labels)) for axis in points.unbind(1)]
+        centroids = (torch.stack(sums, dim=1) / areas[:, None]).long()
+        return cls(region_ids, pixels, points, pixel_regions, image_index, labels, areas, centroids)
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -118,20 +116,21 @@ def scale_window(window: int, length_scale: float) -> int:
     return max(1, 2 * round((window * length_scale - 1) / 2) + 1)
 
 
-def _label_class(
-    mask: NDArray[np.bool_], connectivity: int, min_area: float, first_id: int, ids: NDArray[np.int32]
-) -> NDArray[np.int64]:
-    """Number the parts of a mask from ``first_id + 1`` inside ``ids``; return area, y and x of each, (R, 3)."""
-    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
-    box = np.s_[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
-    _, parts, stats, centroids = cv2.connectedComponentsWithStats(mask[box].view(np.uint8), connectivity=connectivity)
-    areas = stats[1:, cv2.CC_STAT_AREA]
-    kept = areas >= min_area
-    numbers = np.zeros(len(stats), dtype=np.int32)  # 0 for background and for what is too small
-    numbers[1:][kept] = np.arange(first_id + 1, first_id + 1 + np.count_nonzero(kept))
-    ids[box] += numbers[parts]
-    corner = np.array([rows[0], columns[0]])
-    return np.column_stack((areas[kept], centroids[1:][kept][:, ::-1] + corner)).astype(np.int64)
+def _label_parts(maps: NDArray[Any], connectivity: int) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
+    """Number the connected parts of class maps (B, H, W) from 1; return ids, and image and class of each, (R, 2)."""
+    ids = np.zeros(maps.shape, dtype=np.int32)
+    owners = [np.zeros((0, 2), dtype=np.int64)]
+    total = 0
+    for image, class_map in enumerate(maps):
+        for value in np.flatnonzero(np.bincount(class_map.reshape(-1))[1:]) + 1:
+            mask = class_map == value
+            rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+            box = np.s_[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+            count, parts = cv2.connectedComponents(mask[box].view(np.uint8), connectivity=connectivity)
+            np.add(parts, total, out=ids[image][box], where=mask[box])
+            owners.append(np.full((count - 1, 2), (image, value - 1)))
+            total += count - 1
+    return ids, np.concatenate(owners)
 
 
 def _windowed_maximum(points: Tensor, values: Tensor, groups: Tensor, window: int) -> Tensor:
