@@ -221,7 +221,7 @@ def read_onnx_metadata(path: Path) -> dict[str, str]:
     Raises:
         BundleError: the file cannot be read or is no ONNX graph.
     """
-    metadata: dict[str, str] = Field(default_factory=dict)
+    metadata: dict[str, str] = {}
     try:
         with path.open("rb") as file:
             size = os.fstat(file.fileno()).st_size

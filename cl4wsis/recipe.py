@@ -80,6 +80,13 @@ class SemanticPhase(Settings):
     optimizer: OptimizerSettings = OptimizerSettings(
         kind="sgd", encoder_lr=1e-3, head_lr=1e-2, weight_decay=1e-4, warmup_epochs=5
     )
+    train_encoder: bool = True
+    """Whether the encoder learns, as published. A frozen one forgets nothing and is run once for old and new network."""
+    encoder_statistics: Literal["batch", "stored"] = "batch"
+    """Batch statistics in the encoder's normalisation, as published, or the stored ones, left as they are."""
+    suppress_old: bool = False
+    """Lower the old classes in the semantic target where the activation maps show a new class: P'_c (1 - max_n Q_n).
+    Off as published: there, a new object that looks like an old class is taught as both."""
     encoder_distillation: float = Field(1.0, ge=0)
     """Weight of the encoder's feature distillation; 0 switches it off."""
     localizer_distillation: float = Field(1.0, ge=0)

@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from cl4wsis import __version__
+from cl4wsis.cli.demo import demo
 from cl4wsis.cli.doctor import doctor
 from cl4wsis.cli.evaluate import evaluate
 from cl4wsis.cli.inspect import inspect
@@ -68,6 +69,7 @@ for _name, _command in (
     ("train-step", train_step),
     ("evaluate", evaluate),
     ("predict", predict),
+    ("demo", demo),
     ("inspect", inspect),
     ("doctor", doctor),
 ):

@@ -8,38 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny import TINY, tiny_plan
 
 from cl4wsis.errors import RunError
 from cl4wsis.steps import read_step, step_folder, trained_steps
-from cl4wsis.tasks import Plan, load_plan
 from cl4wsis_train import trainer
 from cl4wsis_train.checkpoint import load_step, load_tensors
 from cl4wsis_train.trainer import build_fabric, missing_steps, train_step
-
-TINY = [
-    "data.num_train=8",
-    "data.num_val=4",
-    "data.image_size=64",
-    "recipe.crop_size=64",
-    "recipe.input_size=[64, 64]",
-    "recipe.network.weights=none",
-    "recipe.network.semantic_channels=16",
-    "recipe.network.instance_channels=16",
-    "recipe.network.decoder_channels=16",
-    "recipe.network.localizer_channels=16",
-    "recipe.base.epochs=2",
-    "recipe.base.batch_size=4",
-    "recipe.semantic.epochs=2",
-    "recipe.semantic.batch_size=4",
-    "recipe.semantic.optimizer.warmup_epochs=1",
-    "recipe.instance.epochs=2",
-    "recipe.instance.batch_size=4",
-    "recipe.log_every=1",
-]
-
-
-def tiny_plan(*overrides: str) -> Plan:
-    return load_plan("shapes", [*TINY, *overrides])
 
 
 @pytest.fixture(scope="module")

@@ -58,6 +58,7 @@ class InstancePhase(Phase):
         self.split = semantic_phase.split
         self.settings = recipe.instance
         self.all_seen_labels = all_seen_labels
+        self.shares_encoder = not recipe.semantic.train_encoder
         self.length_scale = recipe.length_scale
         freeze(self.network)
         for parameter in self.network.instance_branch.parameters():
@@ -141,12 +142,12 @@ class InstancePhase(Phase):
 
     @torch.no_grad()
     def _run_frozen(self, batch: Batch, size: tuple[int, int]) -> FrozenMaps:
-        """Run the frozen networks once: this step's on images and their mirror images, the old one on the images."""
+        """Run the frozen networks once: this step's on images and their mirror images, the old one on images."""
         images = self.network.normalize(batch.images)
         both = self.network.encoder(torch.cat([images, images.flip(3)]))
         logits, flipped_logits = self.network.forward_semantic(both).chunk(2)
         features = [level[: len(images)] for level in both]
-        old_features = self.old_network.encoder(images)
+        old_features = features if self.shares_encoder else self.old_network.encoder(images)
         old_center_heatmap, old_offset_map = self.old_network.forward_instance(old_features)
         return FrozenMaps(
             features=features,

@@ -51,22 +51,24 @@ class SemanticPhase(Phase):
         self.refinement = PixelAdaptiveRefinement()
         self.settings = recipe.semantic
         self.split = split
-        for parameter in network.instance_branch.parameters():
-            parameter.requires_grad_(False)
+        freeze(network.instance_branch)
+        if not self.settings.train_encoder:
+            freeze(network.encoder)
 
     def train(self, mode: bool = True) -> "SemanticPhase":
         """Set the mode of the trained parts; the old network stays in evaluation mode."""
         super().train(mode)
         self.old_network.eval()
+        self.network.instance_branch.eval()
+        if not self.settings.train_encoder or self.settings.encoder_statistics == "stored":
+            self.network.encoder.eval()
         return self
 
     def forward(self, batch: Batch, epoch: int) -> Losses:
         """Return the weighted losses of a batch that has tags only."""
-        images = self.network.normalize(batch.images)
-        features = self.network.encoder(images)
+        features, old_features = self._run_encoders(batch)
         last = features[-1]
         with torch.no_grad():
-            old_features = self.old_network.encoder(images)
             old_probs = self.old_network.forward_semantic(old_features).float().sigmoid()  # (B, o, h, w)
 
         quarter_turns = int(torch.randint(1, 4, ()))
@@ -76,7 +78,7 @@ class SemanticPhase(Phase):
             guide = self._without_absent_classes(old_probs, batch.image_labels)
             loss = localizer_distillation_loss(cam_logits, guide)
             losses["localizer_distillation"] = self.settings.localizer_distillation * loss
-        if self.settings.encoder_distillation:
+        if self.settings.encoder_distillation and self.settings.train_encoder:
             loss = encoder_distillation_loss(last, old_features[-1])
             losses["encoder_distillation"] = self.settings.encoder_distillation * loss
         if flipped is not None and rotated is not None:
@@ -88,6 +90,14 @@ class SemanticPhase(Phase):
             semantic_logits = self.network.forward_semantic(features)
             losses |= self._pseudo_label_losses(batch, cam_logits, eval_logits, semantic_logits, old_probs)
         return losses
+
+    def _run_encoders(self, batch: Batch) -> tuple[list[Tensor], list[Tensor]]:
+        """Return the features of this network and of the old one; a frozen encoder is the same in both and runs once."""
+        images = self.network.normalize(batch.images)
+        with torch.no_grad():
+            old_features = self.old_network.encoder(images)
+        features = self.network.encoder(images) if self.settings.train_encoder else old_features
+        return features, old_features
 
     def _cam_logits(self, features: Tensor, quarter_turns: int) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Run the localizer on features and, for FLAC, on their mirror image and rotation in one batch."""
@@ -136,7 +146,7 @@ class SemanticPhase(Phase):
     ) -> Losses:
         """Train the semantic branch, and the localizer on itself, with what the localizer has learned so far."""
         settings, split, labels = self.settings, self.split, batch.image_labels
-        target = semantic_target(eval_logits, old_probs, labels, settings.label_smoothing)
+        target = semantic_target(eval_logits, old_probs, labels, settings.label_smoothing, settings.suppress_old)
         losses = {"semantic": semantic_bce_loss(semantic_logits, target)}
         if settings.self_training:
             hard = self_training_target(eval_logits, batch.images.float() / 255, labels, self.refinement)
