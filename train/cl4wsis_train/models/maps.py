@@ -33,24 +33,33 @@ def grouping_grid(input_size: tuple[int, int], profile: Literal["exact", "fast",
     return input_size
 
 
-def grouping_maps(
+def maps_on_grid(
     output: "SegmenterOutput", input_size: tuple[int, int], profile: Literal["exact", "fast", "paper"]
-) -> GroupingMaps:
+) -> "SegmenterOutput":
     """Bring the network's maps to the grid of a grouping profile, bilinearly (half-pixel convention).
-
-    Semantic logits are interpolated before the softmax. All maps are float32 whatever the network's precision.
 
     Args:
         output: of the network, for a batch.
         input_size: (height, width) of the network input, px.
         profile: ``fast`` groups at stride 4, the others at network-input resolution.
+
+    Returns:
+        The same maps, still raw, as float32 whatever the network's precision.
     """
     grid = grouping_grid(input_size, profile)
-    return GroupingMaps(
-        semantic_probs=_resized(output.semantic_logits, grid).softmax(dim=1),
+    return output._replace(
+        semantic_logits=_resized(output.semantic_logits, grid),
         center_heatmap=_resized(output.center_heatmap, grid),
         offset_map=_resized(output.offset_map, grid),
     )
+
+
+def grouping_maps(
+    output: "SegmenterOutput", input_size: tuple[int, int], profile: Literal["exact", "fast", "paper"]
+) -> GroupingMaps:
+    """Make what grouping/1 reads of the network's maps: as :func:`maps_on_grid`, then the softmax over classes."""
+    logits, center_heatmap, offset_map = maps_on_grid(output, input_size, profile)
+    return GroupingMaps(logits.softmax(dim=1), center_heatmap, offset_map)
 
 
 def _resized(maps: Tensor, grid: tuple[int, int]) -> Tensor:

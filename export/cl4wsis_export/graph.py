@@ -1,0 +1,102 @@
+"""From a torch module to an ONNX graph with a free batch size and stable names."""
+
+import logging
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+import onnx_ir as ir
+import torch
+from torch import Tensor, nn
+
+from cl4wsis.errors import BundleError
+from cl4wsis_export.fused import INPUT_NAME, FusedOutput, FusedSegmenter
+from cl4wsis_export.passes import TidyPass, check_operators
+
+BATCH = "batch"
+_EXAMPLE_BATCH = 2  # with 1 the exporter would take the batch for a constant
+_LARGEST_BATCH = 4096
+
+
+def build_graph(segmenter: FusedSegmenter, opset: int) -> ir.Model:
+    """Export the fused module.
+
+    Args:
+        segmenter: in evaluation mode.
+        opset: ONNX operator set.
+
+    Returns:
+        The checked and tidied graph, still without metadata: ``images`` (batch, H, W, 3) uint8 in, the fields of
+        :class:`FusedOutput` out.
+
+    Raises:
+        BundleError: the network cannot be exported, or needs an operator that not every runtime has.
+    """
+    height, width = segmenter.input_size
+    example = torch.zeros(_EXAMPLE_BATCH, height, width, 3, dtype=torch.uint8)
+    model = export_module(segmenter, {INPUT_NAME: example}, FusedOutput._fields, opset)
+    _pin_output_shapes(model, (height, width), segmenter.spec.max_instances)
+    return model
+
+
+def export_module(
+    module: nn.Module, examples: Mapping[str, Tensor], output_names: Sequence[str], opset: int
+) -> ir.Model:
+    """Export a module whose inputs share a free first dimension, tidy the graph and check its operators.
+
+    Args:
+        module: in evaluation mode; called with the examples in order.
+        examples: input names and tensors with a batch of at least 2.
+        output_names: in order.
+        opset: ONNX operator set.
+
+    Raises:
+        BundleError: the module cannot be exported, or needs an operator that not every runtime has.
+    """
+    batch = torch.export.Dim(BATCH, min=1, max=_LARGEST_BATCH)
+    try:
+        with _quiet(), torch.no_grad():
+            program = torch.onnx.export(
+                module,
+                tuple(examples.values()),
+                dynamo=True,
+                input_names=list(examples),
+                output_names=list(output_names),
+                dynamic_shapes=tuple({0: batch} for _ in examples),
+                opset_version=opset,
+                optimize=False,
+                verbose=False,
+            )
+    except Exception as error:  # the exporter raises errors of many kinds
+        raise BundleError(f"the network cannot be exported: {str(error).strip().splitlines()[0]}") from error
+    assert program is not None
+    model: ir.Model = TidyPass()(program.model).model
+    check_operators(model)
+    return model
+
+
+def serialize(model: ir.Model) -> bytes:
+    """Return the bytes of an ``.onnx`` file."""
+    content: bytes = ir.to_proto(model).SerializeToString()
+    return content
+
+
+def _pin_output_shapes(model: ir.Model, size: tuple[int, int], slots: int) -> None:
+    """State what the exporter may have left open: everything but the batch is fixed."""
+    shapes = {"instance_ids": size, "boxes": (slots, 4)}
+    for value in model.graph.outputs:
+        value.shape = ir.Shape([BATCH, *shapes.get(value.name or "", (slots,))])
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep the exporter's remarks about itself from the user's screen; its errors still come through."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)

@@ -1,0 +1,42 @@
+"""What to export: the settings of one export."""
+
+from collections.abc import Iterable
+
+from pydantic import Field
+
+from cl4wsis.config import Settings, build_settings, merge, parse_overrides
+from cl4wsis.grouping import GroupingSpec
+from cl4wsis.steps import StepInfo
+
+
+class ExportSpec(Settings):
+    """Settings of an export."""
+
+    name: str | None = None
+    """Name of the model; plan and step when not given."""
+    grouping: GroupingSpec | None = None
+    """Post-processing in the graph; that of the plan when not given."""
+    region_rounds: int = Field(6, ge=1)
+    """Rounds of region labelling. Spirals and combs at 512 px need 4, a maze that fills the image 6."""
+    opset: int = Field(18, ge=18)
+    """ONNX operator set. 18 is what torch writes without conversion, and old enough for every runtime."""
+    verification_images: int = Field(5, ge=1)
+    """Images on which the graph is compared with torch and with the reference."""
+    golden_images: int = Field(2, ge=0)
+    """How many of them are stored in the bundle with the outputs expected for them."""
+    seed: int = 0
+    """Seed of the images drawn for verification."""
+
+
+def spec_for_step(info: StepInfo, overrides: Iterable[str] = ()) -> ExportSpec:
+    """Build the settings of an export, starting from the plan the step was trained by.
+
+    Args:
+        info: of the step.
+        overrides: assignments such as ``grouping.profile=fast``.
+
+    Raises:
+        ConfigError: an override names an unknown field or an impossible value.
+    """
+    tables = {"grouping": info.plan.recipe.grouping.model_dump()}
+    return build_settings(ExportSpec, merge(tables, parse_overrides(overrides)), "--set")
