@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from cl4wsis.errors import BundleError
 from cl4wsis_export.fused import INPUT_NAME, FusedOutput, FusedSegmenter
-from cl4wsis_export.passes import TidyPass, check_operators
+from cl4wsis_export.passes import ConstantShapePass, TidyPass, check_operators
 
 BATCH = "batch"
 _EXAMPLE_BATCH = 2  # with 1 the exporter would take the batch for a constant
@@ -70,7 +70,8 @@ def export_module(
     except Exception as error:  # the exporter raises errors of many kinds
         raise BundleError(f"the network cannot be exported: {str(error).strip().splitlines()[0]}") from error
     assert program is not None
-    model: ir.Model = TidyPass()(program.model).model
+    passes = ir.passes.Sequential(TidyPass(), ConstantShapePass(), TidyPass())
+    model: ir.Model = passes(program.model).model
     check_operators(model)
     return model
 

@@ -131,7 +131,7 @@ class StaticGrouping(nn.Module):
         values, peaks = self._find_peaks(class_map, classes, center_heatmap)
         centers = self._choose_centers(labels, values, peaks, classes)
         ids = self._assign_pixels(labels, centers, offset_map)  # (B, h, w)
-        ones = torch.ones_like(ids).unsqueeze(2)  # (B, h, 1, w)
+        ones = (ids * 0 + 1).unsqueeze(2)  # (B, h, 1, w)
         if self.spec.profile == "fast":
             grid_counts = self._count_rows(ids, torch.cat([ones, class_probs.unsqueeze(2)], dim=2)).sum(1)
             grid_areas, mass = grid_counts.unbind(1)
@@ -146,7 +146,7 @@ class StaticGrouping(nn.Module):
             mass, grid_areas, kept = row_mass.sum(1), row_counts.sum(1), None
         areas = row_counts.sum(1)  # (B, K)
         alive = centers.used * (areas >= max(self.spec.min_area, 1)).float()
-        ids = ids * _look_up(F.pad(alive, (1, 0)), ids.flatten(1)).view_as(ids)
+        ids = ids * _look_up(F.pad(alive, (1, 0)), ids.flatten(1)).reshape(-1, *self.grid)
         if kept is not None:
             ids = (ids[:, :, None, :, None] * kept).flatten(3, 4).flatten(1, 2)  # (B, H, W)
         output = GroupingOutput(
@@ -175,22 +175,22 @@ class StaticGrouping(nn.Module):
         parents = torch.maximum(labels, self._highest_neighbour(labels, links))
         table = _jump(F.pad(parents.flatten(1), (1, 0)))  # (B, 1 + N): what each label points to; entry 0 is a dummy
         for _ in range(self.rounds):
-            labels = table[:, 1:].view_as(labels)
-            parents = _look_up(table, labels.flatten(1)).view_as(labels)
+            labels = table[:, 1:].reshape(-1, *self.grid)
+            parents = _look_up(table, labels.flatten(1)).reshape(-1, *self.grid)
             highest = self._highest_neighbour(labels, links)
             hangs = (highest > labels).float() * (parents == labels).float()  # roots alone are hung up
             table = F.pad(torch.maximum(parents, highest).flatten(1), (1, 0))
             # What is not to be written goes to entry 0, as 0.
             table = table.scatter(1, (labels * hangs).flatten(1).long(), (highest * hangs).flatten(1))
             table = _jump(table)
-        labels = table[:, 1:].view_as(labels)
+        labels = table[:, 1:].reshape(-1, *self.grid)
         finished = (self._highest_neighbour(labels, links) <= labels).flatten(1).all(dim=1).float()
         return labels, finished
 
     def _highest_neighbour(self, labels: Tensor, links: list[Tensor]) -> Tensor:
         height, width = self.grid
         padded = F.pad(labels, (1, 1, 1, 1))
-        highest = torch.zeros_like(labels)
+        highest = labels * 0
         for (y, x), link in zip(_NEIGHBOURS, links, strict=True):
             highest = torch.maximum(highest, padded[:, y : y + height, x : x + width] * link)
         return highest
@@ -221,7 +221,7 @@ class StaticGrouping(nn.Module):
         """Keep the first K of the peaks and of the last pixels of regions without a peak, in priority order."""
         flat_labels, flat_peaks = labels.flatten(1), peaks.flatten(1)
         num_pixels = self.grid[0] * self.grid[1]
-        table = torch.zeros_like(F.pad(flat_labels, (1, 0)))
+        table = F.pad(flat_labels * 0, (1, 0))
         has_peak = table.scatter(1, (flat_labels * flat_peaks).long(), flat_peaks)[:, 1:]  # (B, N), at the last pixel
         is_last = (labels == self._own_labels).float().flatten(1)
         pseudo = is_last * (1 - has_peak)
@@ -253,9 +253,9 @@ class StaticGrouping(nn.Module):
         numbers = torch.arange(count, 0, -1, dtype=torch.float32, device=regions.device).view(1, 1, count)
         same = (regions.unsqueeze(2) == regions.unsqueeze(1)).float()
         number = (same * numbers).amax(2)  # equal for all candidates of one region: that of the first
-        table = torch.zeros_like(F.pad(flat_labels, (1, 0))).scatter(1, regions.long(), number * (regions > 0).float())
+        table = F.pad(flat_labels * 0, (1, 0)).scatter(1, regions.long(), number * (regions > 0).float())
         number_of_pixel = _look_up(table, flat_labels).unsqueeze(1)  # (B, 1, N)
-        ones = torch.ones_like(number_of_pixel).unsqueeze(2)
+        ones = (number_of_pixel * 0 + 1).unsqueeze(2)
         areas = _histogram(number_of_pixel, ones, count).flatten(1)  # (B, M)
         return areas.gather(1, (number - 1).long())
 
@@ -282,7 +282,7 @@ class StaticGrouping(nn.Module):
         plane = (labels * _LABEL_SCALE).flatten(1).unsqueeze(1)
         turns = -(-self.num_slots // _LANES)
         by_turn = [self._by_turn(t, turns) for t in (centers.y, centers.x, centers.region * _LABEL_SCALE)]
-        nearest, ids = torch.full_like(plane, _FAR), torch.zeros_like(plane)
+        nearest, ids = plane * 0 + _FAR, plane * 0
         for turn, (y, x, region) in enumerate(zip(*by_turn, strict=True)):
             down, right, across = target_y - y, target_x - x, plane - region  # (B, lanes, N)
             distance = down * down + right * right + across * across
@@ -296,11 +296,11 @@ class StaticGrouping(nn.Module):
             nearest = torch.minimum(nearest[:, :lanes], nearest[:, lanes:])
         return ids.reshape(-1, *self.grid)
 
-    def _by_turn(self, values: Tensor, turns: int) -> tuple[Tensor, ...]:
+    def _by_turn(self, values: Tensor, turns: int) -> list[Tensor]:
         """Deal (B, K) slots to lanes, each lane a run of successive slots: one (B, lanes, 1) per turn."""
         padded = F.pad(values, (0, turns * _LANES - self.num_slots), value=-_LABEL_SCALE)
-        dealt: tuple[Tensor, ...] = torch.split(padded.reshape(-1, _LANES, turns), 1, dim=2)
-        return dealt
+        dealt = padded.reshape(-1, _LANES, turns)
+        return [dealt[:, :, turn : turn + 1] for turn in range(turns)]
 
     def _enlarge(self, ids: Tensor, centers: _Centers, full_class_map: Tensor) -> tuple[Tensor, Tensor]:
         """Widen ids by one grid pixel, and find the input pixels at which the class agrees with them.
@@ -310,7 +310,9 @@ class StaticGrouping(nn.Module):
         """
         widest = F.max_pool2d(ids.unsqueeze(1), 3, stride=1, padding=1).squeeze(1)
         ids = torch.maximum(ids, widest * (ids == 0).float())
-        class_of_id = _look_up(F.pad(centers.class_value * centers.used, (1, 0)), ids.flatten(1)).view_as(ids)
+        class_of_id = _look_up(F.pad(centers.class_value * centers.used, (1, 0)), ids.flatten(1)).reshape(
+            -1, *self.grid
+        )
         height, width = self.grid
         full_classes = full_class_map.float().reshape(-1, height, 4, width, 4)
         agrees = (full_classes == class_of_id[:, :, None, :, None]).float()

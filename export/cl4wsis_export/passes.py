@@ -1,24 +1,28 @@
-"""Passes over the exported graph, in the manner of onnx_ir: each does one thing and says whether it changed anything."""
+"""Passes over the exported graph in the manner of onnx_ir: each does one thing and says whether it changed anything."""
 
 from collections import Counter
 from collections.abc import Mapping
+from typing import Any
 
+import numpy as np
 import onnx_ir as ir
+from numpy.typing import NDArray
 from onnx_ir.passes import common
 from onnxscript.optimizer import fold_constants
 
 from cl4wsis.errors import BundleError
 
-ALLOWED_OPERATORS = frozenset(
-    # Networks.
-    "Add AveragePool BatchNormalization Clip Concat Conv Div Exp Flatten Gemm GlobalAveragePool HardSigmoid HardSwish "
-    "LeakyRelu MatMul Mul PRelu Pow ReduceMean Relu Resize Sigmoid Softmax Softplus Sqrt Sub Tanh "
-    # Grouping.
-    "ArgMax Cast Equal Floor Gather GatherElements Greater GreaterOrEqual Less LessOrEqual Max MaxPool Min Neg "
-    "Pad ReduceMax ReduceMin ReduceSum ScatterElements Slice Split Squeeze TopK Transpose Unsqueeze "
-    # Shapes, of which only the batch is not a constant.
-    "Constant ConstantOfShape Expand Identity Range Reshape Shape".split()
-)
+_OPERATORS = """
+Add AveragePool BatchNormalization Clip Concat Conv Div Exp Flatten Gemm GlobalAveragePool HardSigmoid HardSwish
+LeakyRelu MatMul Mul PRelu Pow ReduceMean Relu Resize Sigmoid Softmax Softplus Sqrt Sub Tanh
+
+ArgMax Cast Equal Floor Gather GatherElements Greater GreaterOrEqual Less LessOrEqual Max MaxPool Min Neg Pad Reciprocal
+ReduceMax ReduceMin ReduceSum ScatterElements Slice Split Squeeze TopK Transpose Unsqueeze
+
+Constant Expand Identity Reshape Shape
+"""
+# Networks; grouping; shapes, of which only the batch is not a constant.
+ALLOWED_OPERATORS = frozenset(_OPERATORS.split())
 """Operators that ONNX Runtime, TensorRT and TensorRT-RTX run, without data-dependent shapes, loops or branches."""
 
 _STANDARD_DOMAINS = ("", "ai.onnx")
@@ -38,11 +42,66 @@ class TidyPass(ir.passes.InPlacePass):
             common.DeduplicateInitializersPass(),
             common.CommonSubexpressionEliminationPass(),
             common.RemoveUnusedNodesPass(),
-            common.RemoveUnusedFunctionsPass(),
+            common.RemoveUnusedFunctionsPass(),  # type: ignore[no-untyped-call]
             common.RemoveUnusedOpsetsPass(),
             common.NameFixPass(),
         )
         return ir.passes.PassResult(model, modified or passes(model).modified)
+
+
+class ConstantShapePass(ir.passes.InPlacePass):
+    """Give reshapes and resizes constant parameters, so that no shape is computed while the graph runs.
+
+    A reshape whose result has one free dimension, the batch, gets -1 for it; a resize gets factors in place of sizes.
+    """
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        """Replace the parameters, and leave out what had computed them."""
+        modified = False
+        for node in model.graph.all_nodes():
+            if node.op_type == "Reshape":
+                modified |= _fix_reshape(model, node)
+            elif node.op_type == "Resize":
+                modified |= _fix_resize(model, node)
+        if modified:
+            common.RemoveUnusedNodesPass()(model)
+        return ir.passes.PassResult(model, modified)
+
+
+def _fix_reshape(model: ir.Model, node: ir.Node) -> bool:
+    result = node.outputs[0].shape
+    if result is None or node.inputs[1] is None or node.inputs[1].const_value is not None:
+        return False
+    sizes = [size if isinstance(size, int) else -1 for size in result]
+    if sizes.count(-1) != 1:
+        return False
+    node.replace_input_with(1, _add_constant(model, np.array(sizes, np.int64), f"{node.name}_shape"))
+    return True
+
+
+def _fix_resize(model: ir.Model, node: ir.Node) -> bool:
+    source = node.inputs[0].shape if node.inputs[0] is not None else None
+    result = node.outputs[0].shape
+    if source is None or result is None or len(node.inputs) < 4 or node.inputs[3] is None:
+        return False
+    sides = [*source[2:], *result[2:]]
+    if len(sides) != 4 or not all(isinstance(side, int) for side in sides):
+        return False
+    factors = np.array([1, 1, sides[2] / sides[0], sides[3] / sides[1]], np.float32)
+    node.replace_input_with(2, _add_constant(model, factors, f"{node.name}_factors"))
+    node.replace_input_with(3, None)
+    return True
+
+
+def _add_constant(model: ir.Model, array: NDArray[Any], name: str) -> ir.Value:
+    value = ir.Value(
+        name=name,
+        shape=ir.Shape(array.shape),
+        type=ir.TensorType(ir.DataType.from_numpy(array.dtype)),
+        const_value=ir.tensor(array, name=name),
+    )
+    model.graph.register_initializer(value)
+    return value
 
 
 class MetadataPass(ir.passes.InPlacePass):
@@ -83,9 +142,9 @@ def check_operators(model: ir.Model) -> None:
         name = f"{_spelling(node)} ({node.name})"
         if node.domain not in _STANDARD_DOMAINS or node.op_type not in ALLOWED_OPERATORS:
             problems.append(f"{name} is not an allowed operator")
-        if node.op_type == "ScatterElements" and "reduction" in node.attributes:
-            if node.attributes["reduction"].as_string() != "none":
-                problems.append(f"{name} reduces")
+        reduction = node.attributes.get("reduction")
+        if reduction is not None and reduction.as_string() != "none":
+            problems.append(f"{name} reduces")
         if any(a.type in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS) for a in node.attributes.values()):
             problems.append(f"{name} holds a subgraph")
     problems += [f"{name} is uint8 inside the graph" for name in _inner_uint8_values(model)]
