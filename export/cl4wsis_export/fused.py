@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from cl4wsis.grouping import GroupingSpec
 from cl4wsis_export.grouping import GroupingOutput, StaticGrouping, enlarged_class_map
 from cl4wsis_train.models.maps import grouping_grid, maps_on_grid
-from cl4wsis_train.models.network import InstanceSegmenter
+from cl4wsis_train.models.network import InstanceSegmenter, SegmenterOutput
 
 INPUT_NAME = "images"
 
@@ -59,20 +59,21 @@ class FusedSegmenter(nn.Module):
         Args:
             images: (B, H, W, 3) uint8 RGB.
         """
-        output = self._group(images)
+        output = self._group(self.network_maps(images))
         return FusedOutput(
-            instance_ids=output.instance_ids.to(
-                torch.uint8
-            ),  # the last operation: TensorRT has uint8 at its borders only
+            instance_ids=output.instance_ids.to(torch.uint8),  # last of all: TensorRT has uint8 at its borders only
             labels=output.labels.to(torch.int32),
             scores=output.scores,
             areas=output.areas.to(torch.int32),
             boxes=output.boxes,
         )
 
-    def _group(self, images: Tensor) -> GroupingOutput:
+    def network_maps(self, images: Tensor) -> SegmenterOutput:
+        """Return what the network says about (B, H, W, 3) uint8 RGB images, on the grid of the grouping."""
         network_input = self.network.normalize(images.float().permute(0, 3, 1, 2))  # (B, 3, H, W)
-        maps = maps_on_grid(self.network(network_input), self.input_size, self.spec.profile)
+        return maps_on_grid(self.network(network_input), self.input_size, self.spec.profile)
+
+    def _group(self, maps: SegmenterOutput) -> GroupingOutput:
         class_map, class_probs, probs = _classify(maps.semantic_logits)
         full_class_map = enlarged_class_map(probs) if self.spec.profile == "fast" else class_map
         return self.grouping.group(class_map, class_probs, full_class_map, maps.center_heatmap, maps.offset_map)

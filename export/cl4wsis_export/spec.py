@@ -24,6 +24,10 @@ class ExportSpec(Settings):
     """Images on which the graph is compared with torch and with the reference."""
     golden_images: int = Field(2, ge=0)
     """How many of them are stored in the bundle with the outputs expected for them."""
+    compute_capabilities: tuple[str, ...] = ()
+    """GPUs for which a TensorRT-RTX engine is put into the bundle, such as ``8.6``; none by default."""
+    engine_max_batch: int = Field(8, ge=1)
+    """Largest batch such an engine accepts."""
     seed: int = 0
     """Seed of the images drawn for verification."""
 

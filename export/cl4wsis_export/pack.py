@@ -1,0 +1,202 @@
+"""From a trained step to a bundle: build the graph, verify it, and write everything a runtime needs beside it."""
+
+import io
+import logging
+import platform
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import torch
+from numpy.typing import NDArray
+
+from cl4wsis import __version__
+from cl4wsis.bundle import (
+    CARD_FILE,
+    LABELS_FILE,
+    MODEL_FILE,
+    EngineInfo,
+    GoldenCase,
+    GraphInfo,
+    Manifest,
+    TensorInfo,
+    Verification,
+    metadata_from_manifest,
+    write_bundle,
+)
+from cl4wsis.steps import StepInfo
+from cl4wsis_export.fused import INPUT_NAME, FusedSegmenter
+from cl4wsis_export.graph import BATCH, build_graph, serialize
+from cl4wsis_export.passes import MetadataPass, count_operators
+from cl4wsis_export.rtx import build_rtx_engine, rtx_version
+from cl4wsis_export.spec import ExportSpec
+from cl4wsis_export.verify import Outputs, verification_frames, verify_graph
+from cl4wsis_train.checkpoint import load_step
+from cl4wsis_train.models.network import InstanceSegmenter
+
+logger = logging.getLogger(__name__)
+
+
+def export_step(
+    step_folder: Path, destination: Path, spec: ExportSpec, images: Sequence[NDArray[np.uint8]] | None = None
+) -> Path:
+    """Export a trained step as a bundle.
+
+    Args:
+        step_folder: what training left behind.
+        destination: folder to write; a bundle there is replaced once the new one is complete and verified.
+        spec: settings of the export.
+        images: (h, w, 3) uint8 RGB for the verification; drawn shapes when not given.
+
+    Returns:
+        The destination.
+
+    Raises:
+        RunError: the folder is no complete step.
+        ConfigError: the grouping profile cannot be a graph.
+        BundleError: the graph cannot be exported or disagrees with the network; nothing is written then.
+        MissingExtraError: ONNX Runtime, or TensorRT-RTX when engines are wanted, is not installed.
+    """
+    network, info = load_step(step_folder)
+    return export_network(network, info, destination, spec, images)
+
+
+def export_network(
+    network: InstanceSegmenter,
+    info: StepInfo,
+    destination: Path,
+    spec: ExportSpec,
+    images: Sequence[NDArray[np.uint8]] | None = None,
+) -> Path:
+    """Export a network that is loaded already; see :func:`export_step`."""
+    grouping = spec.grouping or info.plan.recipe.grouping
+    segmenter = FusedSegmenter(network.eval(), grouping, info.input.size, spec.region_rounds).eval()
+    runtime = rtx_version() if spec.compute_capabilities else ""  # fails before the long work does
+    logger.info("exporting step %d of plan %s at %dx%d px", info.step, info.plan.name, *info.input.size)
+    model = build_graph(segmenter, spec.opset)
+    manifest = _describe(info, spec, segmenter, model)
+    graph = serialize(MetadataPass(metadata_from_manifest(manifest))(model).model)
+    logger.info("verifying the graph on %d images", spec.verification_images)
+    frames = verification_frames(info.input, spec.verification_images, spec.seed, images)
+    verification, outputs = verify_graph(segmenter, graph, frames)
+    count = min(spec.golden_images, len(frames))
+    cases, files = _golden_files(frames[:count], outputs[:count])
+    engines = _engines(graph, info, spec, runtime, files)
+    complete = manifest.model_copy(update={"verification": verification, "golden": cases, "engines": engines})
+    files[MODEL_FILE] = graph
+    files[LABELS_FILE] = "".join(f"{info.name}\n" for info in manifest.classes).encode()
+    files[CARD_FILE] = _card(complete, verification).encode()
+    return write_bundle(destination, complete, files)
+
+
+def _describe(info: StepInfo, spec: ExportSpec, segmenter: FusedSegmenter, model: ir.Model) -> Manifest:
+    (height, width), slots = info.input.size, segmenter.spec.max_instances
+    recipe = info.plan.recipe
+    return Manifest(
+        name=spec.name or f"{info.plan.name}-step{info.step}",
+        plan=info.plan.name,
+        step=info.step,
+        classes=info.classes,
+        input=info.input,
+        inputs=(_tensor(INPUT_NAME, "uint8", (height, width, 3), "RGB images, fitted and padded, not normalised"),),
+        outputs=(
+            _tensor("instance_ids", "uint8", (height, width), "0 none, k + 1 for slot k"),
+            _tensor("labels", "int32", (slots,), "class of each slot, from 0; slots of area 0 are unused"),
+            _tensor("scores", "float32", (slots,), "center value times mean class probability"),
+            _tensor("areas", "int32", (slots,), "pixels of each instance"),
+            _tensor("boxes", "float32", (slots, 4), "xyxy, right and lower edge behind the last pixel"),
+        ),
+        grouping=segmenter.spec,
+        graph=GraphInfo(opset=spec.opset, operators=count_operators(model), region_rounds=spec.region_rounds),
+        weights_sha256=info.weights_sha256,
+        parent_sha256=info.parent_sha256,
+        accuracy=info.metrics,
+        training={
+            "steps": info.plan.steps,
+            "selection": info.plan.selection,
+            "network": info.network.model_dump(mode="json"),
+            "recipe": recipe.model_dump(mode="json"),
+            "seconds": info.seconds,
+        },
+        versions={
+            **{f"training {name}": version for name, version in info.versions.items()},
+            "cl4wsis": __version__,
+            "torch": torch.__version__,
+            "onnx_ir": ir.__version__,
+            "python": platform.python_version(),
+        },
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+    )
+
+
+def _tensor(name: str, dtype: str, shape: tuple[int, ...], meaning: str) -> TensorInfo:
+    return TensorInfo(name=name, dtype=dtype, shape=(BATCH, *shape), meaning=meaning)
+
+
+def _golden_files(
+    frames: NDArray[np.uint8], outputs: Sequence[Outputs]
+) -> tuple[tuple[GoldenCase, ...], dict[str, bytes]]:
+    """Store inputs as PNG, and what the graph answered to them as NPZ."""
+    import cv2
+
+    cases, files = [], {}
+    for index, (frame, answer) in enumerate(zip(frames, outputs, strict=True)):
+        case = GoldenCase(image=f"golden/{index}.png", outputs=f"golden/{index}.npz")
+        buffer = io.BytesIO()
+        np.savez_compressed(buffer, allow_pickle=False, **answer)
+        files[case.image] = cv2.imencode(".png", frame[..., ::-1])[1].tobytes()
+        files[case.outputs] = buffer.getvalue()
+        cases.append(case)
+    return tuple(cases), files
+
+
+def _engines(
+    graph: bytes, info: StepInfo, spec: ExportSpec, runtime: str, files: dict[str, bytes]
+) -> tuple[EngineInfo, ...]:
+    """Build the engines that were asked for, one file for all GPUs, and add it to the files."""
+    if not spec.compute_capabilities:
+        return ()
+    logger.info("building a TensorRT-RTX engine for compute capability %s", ", ".join(spec.compute_capabilities))
+    engine = EngineInfo(
+        file=f"engines/tensorrt-rtx-sm{'-'.join(cc.replace('.', '') for cc in spec.compute_capabilities)}.engine",
+        runtime=f"tensorrt-rtx {runtime}",
+        compute_capabilities=spec.compute_capabilities,
+        max_batch=spec.engine_max_batch,
+        graph_sha256=sha256(graph).hexdigest(),
+    )
+    files[engine.file] = build_rtx_engine(graph, info.input.size, spec.compute_capabilities, spec.engine_max_batch)
+    return (engine,)
+
+
+def _card(manifest: Manifest, check: Verification) -> str:
+    """Describe the model for people, in Markdown."""
+    height, width = manifest.input.size
+    rows = "\n".join(f"| {label} | {c.name} | {c.step_added} |" for label, c in enumerate(manifest.classes))
+    return f"""# {manifest.name}
+
+Instance segmentation of {len(manifest.classes)} classes, step {manifest.step} of plan `{manifest.plan}`.
+Exported {manifest.created} by cl4wsis {manifest.versions["cl4wsis"]}.
+
+| label | class | added in step |
+| --- | --- | --- |
+{rows}
+
+**Input**: `{INPUT_NAME}` (batch, {height}, {width}, 3) uint8 RGB. Fit the image into {width}x{height} px with its
+aspect kept, pad right and below with the mean color; the graph normalises.
+
+**Output**: `instance_ids` (batch, {height}, {width}) uint8, and one row of `labels`, `scores`, `areas` and `boxes` for
+each of {manifest.grouping.max_instances} slots; id `k + 1` belongs to slot `k`, slots of area 0 are unused.
+
+**Check**: on {check.images} images, {check.matched:.2%} of {check.instances} instances agree with the reference; ids
+differ between torch and ONNX Runtime on at most {check.differing_pixels:.3%} of an image's pixels.
+
+{_accuracy(manifest.accuracy)}"""
+
+
+def _accuracy(metrics: dict[str, Any]) -> str:
+    figures = [f"- {name}: {value:.4g}" for name, value in metrics.items() if isinstance(value, int | float)]
+    return "**Accuracy** after training\n\n" + "\n".join(figures) + "\n" if figures else ""
