@@ -33,7 +33,7 @@ def export(
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="Bundle folder; <run>/<plan>-step<t>.cl4wsis when not given.")
     ] = None,
-    format: Annotated[  # noqa: A002 - the name of the option
+    format: Annotated[
         ExportFormat,
         typer.Option("--format", "-f", help="onnx runs everywhere; trt-rtx adds engines, built without a GPU."),
     ] = ExportFormat.ONNX,
@@ -114,9 +114,9 @@ def _explain_tensorrt(input_size: tuple[int, int]) -> None:
     found = "; ".join(missing) or "tensorrt and a GPU are here, but this version of cl4wsis does not drive them"
     frame = "x".join(map(str, (*input_size, 3)))
     raise BackendError(
-        f"cannot build a TensorRT engine: {found}. Export with --format onnx (runs with ONNX Runtime on CPU and GPU) or "
-        "--format trt-rtx (engines for RTX GPUs, built on any machine), or build one on the GPU's machine from the "
-        f"bundle: trtexec --onnx=model.onnx --minShapes=images:1x{frame} --optShapes=images:1x{frame} "
+        f"cannot build a TensorRT engine: {found}. Export with --format onnx (runs with ONNX Runtime on CPU and GPU) "
+        "or --format trt-rtx (engines for RTX GPUs, built on any machine), or build one from that bundle on the GPU's "
+        f"machine: trtexec --onnx=model.onnx --minShapes=images:1x{frame} --optShapes=images:1x{frame} "
         f"--maxShapes=images:8x{frame} --saveEngine=model.engine"
     )
 

@@ -67,11 +67,11 @@ def export_module(
                 optimize=False,
                 verbose=False,
             )
+            assert program is not None
+            passes = ir.passes.Sequential(TidyPass(), ConstantShapePass(), TidyPass())
+            model: ir.Model = passes(program.model).model
     except Exception as error:  # the exporter raises errors of many kinds
         raise BundleError(f"the network cannot be exported: {str(error).strip().splitlines()[0]}") from error
-    assert program is not None
-    passes = ir.passes.Sequential(TidyPass(), ConstantShapePass(), TidyPass())
-    model: ir.Model = passes(program.model).model
     check_operators(model)
     return model
 
@@ -92,12 +92,14 @@ def _pin_output_shapes(model: ir.Model, size: tuple[int, int], slots: int) -> No
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Keep the exporter's remarks about itself from the user's screen; its errors still come through."""
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnx_ir", "onnxscript")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        logger.setLevel(level)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
