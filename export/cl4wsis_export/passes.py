@@ -46,7 +46,8 @@ class TidyPass(ir.passes.InPlacePass):
             common.RemoveUnusedOpsetsPass(),
             common.NameFixPass(),
         )
-        return ir.passes.PassResult(model, modified or passes(model).modified)
+        modified |= passes(model).modified
+        return ir.passes.PassResult(model, modified)
 
 
 class ConstantShapePass(ir.passes.InPlacePass):
@@ -158,17 +159,26 @@ def check_operators(model: ir.Model) -> None:
 
 
 def _inner_uint8_values(model: ir.Model) -> list[str]:
+    """Name the uint8 values within the graph, and its uint8 inputs that are not cast at once."""
     borders = {*model.graph.inputs, *model.graph.outputs}
-    values = [value for node in model.graph.all_nodes() for value in node.outputs if value not in borders]
-    inner = [value.name or "?" for value in values if value.dtype == ir.DataType.UINT8]
-    read_inputs = [
+    inner = [
+        value.name or "?"
+        for node in model.graph.all_nodes()
+        for value in node.outputs
+        if value not in borders and (value.dtype == ir.DataType.UINT8 or _casts_to_uint8(node))
+    ]
+    read = [
         f"{value.name} (read by {node.op_type})"
         for value in borders
         if value.dtype == ir.DataType.UINT8
         for node, _ in value.uses()
         if node.op_type != "Cast"
     ]
-    return inner + read_inputs
+    return inner + read
+
+
+def _casts_to_uint8(node: ir.Node) -> bool:
+    return node.op_type == "Cast" and node.attributes["to"].as_int() == ir.DataType.UINT8
 
 
 def _spelling(node: ir.Node) -> str:

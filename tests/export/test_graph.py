@@ -1,0 +1,57 @@
+"""The exported graph as a whole."""
+
+from pathlib import Path
+
+import onnx_ir as ir
+import pytest
+import torch
+
+from cl4wsis.errors import BundleError
+from cl4wsis_export.graph import export_module
+from cl4wsis_export.passes import check_operators, count_operators
+
+
+def test_operators_of_the_fused_graph_are_allowed(bundle_path: Path) -> None:
+    model = ir.load(str(bundle_path / "model.onnx"))
+    check_operators(model)
+    operators = count_operators(model)
+    assert {"Conv", "TopK", "ScatterElements", "MaxPool"} <= operators.keys()
+    assert "Shape" not in operators  # nothing is computed from the batch size
+
+
+def test_no_reshape_has_a_fixed_batch(bundle_path: Path) -> None:
+    model = ir.load(str(bundle_path / "model.onnx"))
+    for node in model.graph:
+        if node.op_type == "Reshape":
+            shape = node.inputs[1]
+            assert shape is not None
+            assert shape.const_value is not None
+            assert shape.const_value.numpy()[0] == -1, node.name
+
+
+def test_uint8_is_made_by_the_last_operation(bundle_path: Path) -> None:
+    model = ir.load(str(bundle_path / "model.onnx"))
+    ids = model.graph.outputs[0]
+    assert ids.name == "instance_ids"
+    assert not ids.uses()
+    producer = ids.producer()
+    assert producer is not None
+    assert producer.op_type == "Cast"
+
+
+def test_a_data_dependent_module_is_refused() -> None:
+    class Sparse(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x.nonzero()
+
+    with pytest.raises(BundleError, match="NonZero"):
+        export_module(Sparse(), {"x": torch.ones(2, 3)}, ["y"], opset=18)
+
+
+def test_a_module_that_cannot_be_traced_is_explained() -> None:
+    class Branching(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x if x.sum() > 0 else -x
+
+    with pytest.raises(BundleError, match="the network cannot be exported"):
+        export_module(Branching(), {"x": torch.ones(2, 3)}, ["y"], opset=18)
