@@ -50,7 +50,7 @@ def export(
     """Export a trained step with its post-processing as one ONNX graph, checked against the network it came from."""
     from cl4wsis.bundle import open_bundle
     from cl4wsis.cli.console import note, print_json
-    from cl4wsis.errors import require
+    from cl4wsis.errors import BackendError, require
     from cl4wsis.steps import read_step
     from cl4wsis.tasks import load_plan
 
@@ -63,7 +63,9 @@ def export(
     require("export")
     require("cpu")
     if format is ExportFormat.TENSORRT:
-        _explain_tensorrt(info.input.size)
+        from cl4wsis_export.tensorrt import explain_tensorrt
+
+        raise BackendError(explain_tensorrt(info.input.size))
     from cl4wsis_export import export_step, spec_for_step
 
     overrides = list(settings or [])
@@ -92,33 +94,6 @@ def _find_step(run: Path, step: int | None, method: str) -> Path:
     if step is not None and step not in steps:
         raise RunError(f"{run}: step {step} is not trained; trained are {', '.join(map(str, steps))}")
     return step_folder(run, steps[-1] if step is None else step, method)
-
-
-def _explain_tensorrt(input_size: tuple[int, int]) -> None:
-    """Say what keeps this machine from building a TensorRT engine, and how to get one.
-
-    Raises:
-        BackendError: always; engines for TensorRT itself are built where they run, from the ONNX bundle.
-    """
-    import importlib.util
-
-    import torch
-
-    from cl4wsis.errors import BackendError
-
-    missing = []
-    if importlib.util.find_spec("tensorrt") is None:
-        missing.append("tensorrt is not installed (pip install 'cl4wsis[trt]')")
-    if not torch.cuda.is_available():
-        missing.append("no NVIDIA GPU is usable, and TensorRT builds engines only for the GPU at hand")
-    found = "; ".join(missing) or "tensorrt and a GPU are here, but this version of cl4wsis does not drive them"
-    frame = "x".join(map(str, (*input_size, 3)))
-    raise BackendError(
-        f"cannot build a TensorRT engine: {found}. Export with --format onnx (runs with ONNX Runtime on CPU and GPU) "
-        "or --format trt-rtx (engines for RTX GPUs, built on any machine), or build one from that bundle on the GPU's "
-        f"machine: trtexec --onnx=model.onnx --minShapes=images:1x{frame} --optShapes=images:1x{frame} "
-        f"--maxShapes=images:8x{frame} --saveEngine=model.engine"
-    )
 
 
 def _evaluation_images(info: "StepInfo", count: int) -> Sequence[Any] | None:
