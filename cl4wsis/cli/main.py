@@ -14,6 +14,7 @@ from cl4wsis import __version__
 from cl4wsis.cli.demo import demo
 from cl4wsis.cli.doctor import doctor
 from cl4wsis.cli.evaluate import evaluate
+from cl4wsis.cli.export import export
 from cl4wsis.cli.inspect import inspect
 from cl4wsis.cli.predict import predict
 from cl4wsis.cli.train import train_step
@@ -68,6 +69,7 @@ def _with_plain_errors(command: Callable[..., None]) -> Callable[..., None]:
 for _name, _command in (
     ("train-step", train_step),
     ("evaluate", evaluate),
+    ("export", export),
     ("predict", predict),
     ("demo", demo),
     ("inspect", inspect),

@@ -5,6 +5,7 @@ Legend: B images, C channels with background, H W network input, h w feature map
 Source: CL4WSIS (ICCV 2023): a DeepLabv3 semantic branch and a Panoptic-DeepLab instance branch on shared features.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -19,6 +20,7 @@ from cl4wsis_train.models.encoder import build_encoder
 from cl4wsis_train.models.heads import StepHeads
 
 _OFFSET_CHANNELS = 32
+_CLASS_PRIOR = 0.05  # share of pixels that a class is taken to have before anything is learned
 _LARGEST_DILATION = 32  # of the published pyramid at stride 8: 12, 24, 32
 
 
@@ -112,6 +114,8 @@ class InstanceSegmenter(nn.Module):
         self.semantic_branch = SemanticBranch(settings, self.encoder.channels[-1], class_counts)
         self.instance_branch = InstanceBranch(settings, self.encoder.channels, class_counts)
         self._class_counts = tuple(class_counts)
+        if settings.head_init == "prior":
+            self._init_heads()
         self._mean: Tensor
         self._std: Tensor
         # Not saved with the weights: they follow from the encoder's name.
@@ -166,11 +170,31 @@ class InstanceSegmenter(nn.Module):
         center_heatmap, offset_map = self.instance_branch(features)
         return center_heatmap, offset_map
 
+    def _init_heads(self) -> None:
+        """Let classes begin rare, background frequent, and center heatmaps empty.
+
+        Source: the prior initialisation of RetinaNet (Lin et al., ICCV 2017), section 4.1.
+        """
+        rare = math.log(_CLASS_PRIOR / (1 - _CLASS_PRIOR))
+        for head in self.semantic_branch.classifier:
+            nn.init.constant_(head.bias, rare)
+        self.semantic_branch.classifier[0].bias.data[0] = -rare
+        for head in self.instance_branch.center_head:
+            nn.init.zeros_(head.weight)
+            nn.init.zeros_(head.bias)
+
     def split_parameters(self) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
         """Return the encoder's parameters and all others, for learning rates of their own."""
         encoder = list(self.encoder.parameters())
         known = {id(parameter) for parameter in encoder}
         return encoder, [parameter for parameter in self.parameters() if id(parameter) not in known]
+
+    def train(self, mode: bool = True) -> "InstanceSegmenter":
+        """Set the mode; the encoder stays in evaluation mode when it is to keep its stored statistics."""
+        super().train(mode)
+        if self.settings.encoder_statistics == "stored":
+            self.encoder.eval()
+        return self
 
     def load_previous(self, state: Mapping[str, Tensor]) -> None:
         """Copy the weights of the previous step's network; the convolutions this step adds keep their initial values.

@@ -60,7 +60,7 @@ class SemanticPhase(Phase):
         super().train(mode)
         self.old_network.eval()
         self.network.instance_branch.eval()
-        if not self.settings.train_encoder or self.settings.encoder_statistics == "stored":
+        if not self.settings.train_encoder:
             self.network.encoder.eval()
         return self
 
@@ -92,7 +92,7 @@ class SemanticPhase(Phase):
         return losses
 
     def _run_encoders(self, batch: Batch) -> tuple[list[Tensor], list[Tensor]]:
-        """Return the features of this network and of the old one; a frozen encoder is the same in both and runs once."""
+        """Return the features of this network and of the old one; a frozen encoder is one for both."""
         images = self.network.normalize(batch.images)
         with torch.no_grad():
             old_features = self.old_network.encoder(images)
