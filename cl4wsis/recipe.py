@@ -88,6 +88,12 @@ class SemanticPhase(Settings):
     )
     train_encoder: bool = True
     """Whether the encoder learns, as published. A frozen one forgets nothing and runs once for old and new network."""
+    refine_target: bool = False
+    """Make the semantic target at stride 4, its activation maps refined along image edges by PAMR. Off as published:
+    there the target has the grid of the encoder's last features, and masks of small objects grow too large."""
+    old_classes_compete: bool = False
+    """Whether the hard pseudo label may fall to an old class, which then leaves the pixel to the old network. Off as
+    published: there, background and tagged classes alone compete, so an untagged old object may become a new one."""
     suppress_old: bool = False
     """Lower the old classes in the semantic target where the activation maps show a new class: P'_c (1 - max_n Q_n).
     Off as published: there, a new object that looks like an old class is taught as both."""

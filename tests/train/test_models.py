@@ -292,3 +292,25 @@ def test_unreachable_hub_is_explained(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(timm, "create_model", create_offline)
     with pytest.raises(ConfigError, match=r"no 'hub' weights for 'resnet18' \(OSError: no route to host\); check"):
         build_encoder("resnet18", 16, "hub")
+
+
+def test_prior_heads_begin_with_rare_classes_and_empty_centers(images: Tensor) -> None:
+    settings = SMALL.model_copy(update={"head_init": "prior"})
+    network = build([2, 1], settings).eval()
+    for module in network.semantic_branch.pyramid.modules():
+        if isinstance(module, nn.BatchNorm2d):  # silence the features, so that the biases alone answer
+            nn.init.zeros_(module.weight)
+    output = network(network.normalize(images))
+    probs = output.semantic_logits.sigmoid()
+    assert torch.allclose(probs[:, 0], torch.tensor(0.95))
+    assert torch.allclose(probs[:, 1:], torch.tensor(0.05))
+    assert not output.center_heatmap.any()
+
+
+@pytest.mark.parametrize(("statistics", "stays"), [("stored", True), ("batch", False)])
+def test_stored_statistics_of_the_encoder_survive_training(statistics: str, stays: bool, images: Tensor) -> None:
+    network = build([2], SMALL.model_copy(update={"encoder_statistics": statistics})).train()
+    before = {name: tensor.clone() for name, tensor in network.encoder.state_dict().items()}
+    network(network.normalize(images))
+    after = network.encoder.state_dict()
+    assert all(torch.equal(before[name], after[name]) for name in before) == stays

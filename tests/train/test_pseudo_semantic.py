@@ -40,16 +40,16 @@ def target_slowly(cam_logits, old_probs, image_labels, alpha):
 def test_segmenter_target_matches_the_formula(alpha):
     case = random_case()
     expected = target_slowly(*(tensor.double().numpy() for tensor in case), alpha)
-    np.testing.assert_allclose(semantic_target(*case, alpha).numpy(), expected, atol=1e-6)
+    cam_logits, old_probs, image_labels = case
+    target = semantic_target(cam_logits.softmax(1), old_probs, image_labels, alpha)
+    np.testing.assert_allclose(target.numpy(), expected, atol=1e-6)
 
 
 def test_segmenter_target_by_eye():
     # One pixel per column: background wins, new class 2 wins, untagged new class 3 would win.
     probs = torch.tensor([[0.7, 0.1, 0.1], [0.1, 0.1, 0.1], [0.0, 0.0, 0.0], [0.1, 0.7, 0.2], [0.1, 0.1, 0.6]])
     old_probs = torch.tensor([[0.9, 0.9, 0.05], [0.3, 0.2, 0.1], [0.0, 0.5, 0.6]])
-    target = semantic_target(
-        probs.clamp(min=1e-9).log()[None, :, None], old_probs[None, :, None], torch.tensor([[0.0, 0, 1, 0]]), 0.5
-    )
+    target = semantic_target(probs[None, :, None], old_probs[None, :, None], torch.tensor([[0.0, 0, 1, 0]]), 0.5)
     expected = torch.tensor(
         [
             [0.85, 0.05, 0.05],  # min(P'_0, Q_0) with Q_0 = 0.5 * 1 + 0.5 * 0.7, then 0.05 twice
@@ -105,8 +105,8 @@ def test_images_do_not_influence_each_other():
     target = self_training_target(cam_logits, images, image_labels, refinement)
     permuted = self_training_target(cam_logits[order], images[order], image_labels[order], refinement)
     assert torch.equal(permuted, target[order])
-    alone = semantic_target(cam_logits[1:2], old_probs[1:2], image_labels[1:2], 0.5)
-    torch.testing.assert_close(alone[0], semantic_target(cam_logits, old_probs, image_labels, 0.5)[1])
+    alone = semantic_target(cam_logits[1:2].softmax(1), old_probs[1:2], image_labels[1:2], 0.5)
+    torch.testing.assert_close(alone[0], semantic_target(cam_logits.softmax(1), old_probs, image_labels, 0.5)[1])
 
 
 def test_random_dropout_mask_asks_tagged_new_classes_alone():
@@ -120,5 +120,26 @@ def test_random_dropout_mask_asks_tagged_new_classes_alone():
 def test_targets_carry_no_gradient():
     cam_logits, old_probs, image_labels = random_case()
     cam_logits.requires_grad_()
-    assert not semantic_target(cam_logits, old_probs, image_labels, 0.5).requires_grad
+    assert not semantic_target(cam_logits.softmax(1), old_probs, image_labels, 0.5).requires_grad
     assert not random_dropout_mask(cam_logits, image_labels, SPLIT).requires_grad
+
+
+def test_old_classes_win_the_hard_label_where_they_may_compete():
+    cam_logits = torch.tensor([0.0, 3.0, 1.0]).view(1, 3, 1, 1)  # background, old, new
+    background, _, new = torch.softmax(cam_logits.flatten(), 0).tolist()
+    old_probs = torch.tensor([0.9, 0.8]).view(1, 2, 1, 1)
+    labels = torch.tensor([[0.0, 1.0]])
+    published = semantic_target(cam_logits.softmax(1), old_probs, labels, alpha=0.5)
+    competing = semantic_target(cam_logits.softmax(1), old_probs, labels, alpha=0.5, old_classes_compete=True)
+    assert published.flatten().tolist() == pytest.approx([0.5 * background, 0.8, 0.5 + 0.5 * new])
+    assert competing.flatten().tolist() == pytest.approx([0.5 * background, 0.8, 0.5 * new])
+
+
+def test_old_classes_yield_to_new_ones_where_asked():
+    cam_logits = torch.tensor([0.0, 0.0, 40.0]).view(1, 3, 1, 1)  # certain of the new class
+    old_probs = torch.tensor([0.5, 0.8]).view(1, 2, 1, 1)
+    labels = torch.tensor([[0.0, 1.0]])
+    published = semantic_target(cam_logits.softmax(1), old_probs, labels, alpha=0.5)
+    suppressed = semantic_target(cam_logits.softmax(1), old_probs, labels, alpha=0.5, suppress_old=True)
+    assert published.flatten().tolist() == pytest.approx([0.0, 0.8, 1.0], abs=1e-6)
+    assert suppressed.flatten().tolist() == pytest.approx([0.0, 0.0, 1.0], abs=1e-6)

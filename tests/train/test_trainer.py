@@ -71,6 +71,16 @@ def test_phase_1_leaves_the_instance_branch_alone(run: Path) -> None:
     assert all(torch.equal(base[name], phase_1[f"network.{name}"]) for name in old)
 
 
+def test_frozen_encoder_stays_that_of_the_base_step(run: Path, tmp_path: Path) -> None:
+    (tmp_path / "step-0").symlink_to(step_folder(run, 0))
+    plan = tiny_plan("recipe.semantic.train_encoder=false")
+    folder = train_step(plan, 1, tmp_path, fabric=build_fabric(plan, "cpu"), evaluate=False)
+    base, final = (load_tensors(path / "segmenter.safetensors") for path in (step_folder(run, 0), folder))
+    same = {name for name in base if torch.equal(base[name], final[name])}
+    assert {name for name in base if name.startswith("encoder.")} <= same
+    assert any(name.startswith("semantic_branch.") for name in base if name not in same)
+
+
 def test_old_network_is_untouched_by_training(run: Path) -> None:
     base = load_tensors(step_folder(run, 0) / "segmenter.safetensors")
     phase_1 = load_tensors(step_folder(run, 1) / "semantic.safetensors")

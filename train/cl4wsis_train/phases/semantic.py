@@ -20,8 +20,10 @@ from cl4wsis_train.losses.semantic import classification_loss, self_training_los
 from cl4wsis_train.models.affinity import PixelAdaptiveRefinement
 from cl4wsis_train.models.localizer import Localizer, PeakGenerator, normalized_global_weighted_pooling
 from cl4wsis_train.models.network import InstanceSegmenter
-from cl4wsis_train.phases.common import Losses, Phase, freeze
+from cl4wsis_train.phases.common import Losses, Phase, freeze, upsample
 from cl4wsis_train.pseudo.semantic import random_dropout_mask, self_training_target, semantic_target
+
+_FINE_STRIDE = 4  # of the refined target, as of the instance branch
 
 
 class SemanticPhase(Phase):
@@ -69,13 +71,13 @@ class SemanticPhase(Phase):
         features, old_features = self._run_encoders(batch)
         last = features[-1]
         with torch.no_grad():
-            old_probs = self.old_network.forward_semantic(old_features).float().sigmoid()  # (B, o, h, w)
+            old_logits = self.old_network.forward_semantic(old_features).float()  # (B, o, h, w)
 
         quarter_turns = int(torch.randint(1, 4, ()))
         cam_logits, flipped, rotated = self._cam_logits(last, quarter_turns)
         losses = self._tag_losses(cam_logits, batch.image_labels)
         if self.settings.localizer_distillation:
-            guide = self._without_absent_classes(old_probs, batch.image_labels)
+            guide = self._without_absent_classes(old_logits.sigmoid(), batch.image_labels)
             loss = localizer_distillation_loss(cam_logits, guide)
             losses["localizer_distillation"] = self.settings.localizer_distillation * loss
         if self.settings.encoder_distillation and self.settings.train_encoder:
@@ -88,7 +90,8 @@ class SemanticPhase(Phase):
         if epoch >= self.settings.optimizer.warmup_epochs:
             eval_logits = self._eval_cam_logits(last)
             semantic_logits = self.network.forward_semantic(features)
-            losses |= self._pseudo_label_losses(batch, cam_logits, eval_logits, semantic_logits, old_probs)
+            losses["semantic"] = self._semantic_loss(batch, eval_logits, semantic_logits, old_logits)
+            losses |= self._self_supervised_losses(batch, cam_logits, eval_logits)
         return losses
 
     def _run_encoders(self, batch: Batch) -> tuple[list[Tensor], list[Tensor]]:
@@ -141,13 +144,28 @@ class SemanticPhase(Phase):
             losses["peak"] = classification_loss(pooled_peaks, image_labels[:, split.center_new])
         return losses
 
-    def _pseudo_label_losses(
-        self, batch: Batch, cam_logits: Tensor, eval_logits: Tensor, semantic_logits: Tensor, old_probs: Tensor
-    ) -> Losses:
-        """Train the semantic branch, and the localizer on itself, with what the localizer has learned so far."""
+    def _semantic_loss(self, batch: Batch, eval_logits: Tensor, semantic_logits: Tensor, old_logits: Tensor) -> Tensor:
+        """Train the semantic branch with the old network's opinion and what the localizer has learned so far."""
+        settings = self.settings
+        cam_probs = eval_logits.softmax(dim=1)
+        if settings.refine_target:
+            size = [side // _FINE_STRIDE for side in batch.images.shape[2:]]
+            cam_probs = self.refinement(batch.images.float() / 255, upsample(cam_probs, size))
+            semantic_logits, old_logits = upsample(semantic_logits, size), upsample(old_logits, size)
+        target = semantic_target(
+            cam_probs,
+            old_logits.sigmoid(),
+            batch.image_labels,
+            settings.label_smoothing,
+            settings.old_classes_compete,
+            settings.suppress_old,
+        )
+        return semantic_bce_loss(semantic_logits, target)
+
+    def _self_supervised_losses(self, batch: Batch, cam_logits: Tensor, eval_logits: Tensor) -> Losses:
+        """Train the localizer on itself, and against leaning on old classes."""
         settings, split, labels = self.settings, self.split, batch.image_labels
-        target = semantic_target(eval_logits, old_probs, labels, settings.label_smoothing, settings.suppress_old)
-        losses = {"semantic": semantic_bce_loss(semantic_logits, target)}
+        losses: Losses = {}
         if settings.self_training:
             hard = self_training_target(eval_logits, batch.images.float() / 255, labels, self.refinement)
             losses["self_training"] = self_training_loss(self._clipped(cam_logits), hard, labels)

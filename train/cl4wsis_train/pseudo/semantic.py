@@ -47,26 +47,36 @@ def smooth_labels(probs: Tensor, alpha: float) -> Tensor:
 
 
 def semantic_target(
-    cam_logits: Tensor, old_probs: Tensor, image_labels: Tensor, alpha: float, suppress_old: bool = False
+    cam_probs: Tensor,
+    old_probs: Tensor,
+    image_labels: Tensor,
+    alpha: float,
+    old_classes_compete: bool = False,
+    suppress_old: bool = False,
 ) -> Tensor:
     """Build the Segmenter's target: the old network for old classes, smoothed activation maps for new ones.
 
     Background is the smaller of the two opinions about it, ``min(P'_0, Q_0)``.
 
     Args:
-        cam_logits: (B, C, h, w) of the auxiliary decoder.
+        cam_probs: (B, C, h, w) softmax of the auxiliary decoder's logits, refined or not.
         old_probs: (B, o, h, w) sigmoid probabilities of the previous network, background first (P').
         image_labels: (B, C - 1) 0/1, the visible tags.
         alpha: share of the hard label in the new classes' target.
+        old_classes_compete: let old classes win the hard label too; not in the publication.
         suppress_old: lower the old classes where new ones are seen, ``P'_c * (1 - max_n Q_n)``; not in the publication.
 
     Returns:
         (B, C, h, w) in [0, 1], without gradient.
     """
     with torch.no_grad():
-        probs = mask_by_labels(torch.softmax(cam_logits.float(), dim=1), image_labels)
-        target = smooth_labels(probs, alpha)
         num_old = old_probs.shape[1]
+        if old_classes_compete:
+            image_labels = torch.cat(
+                (torch.ones_like(image_labels[:, : num_old - 1]), image_labels[:, num_old - 1 :]), 1
+            )
+        probs = mask_by_labels(cam_probs, image_labels)
+        target = smooth_labels(probs, alpha)
         target[:, 0] = torch.minimum(target[:, 0], old_probs[:, 0].float())
         target[:, 1:num_old] = old_probs[:, 1:]
         if suppress_old:
