@@ -85,11 +85,11 @@ def test_importing_loads_no_torch_even_where_it_is_installed(package: str) -> No
 def test_help_works_without_torch_and_lists_the_commands() -> None:
     answer = cl4wsis("--help")
     assert answer.returncode == 0, answer.stderr
-    for command in ("train", "evaluate", "export", "predict", "inspect", "doctor", "demo"):
+    for command in ("train-step", "evaluate", "export", "predict", "inspect", "doctor", "demo"):
         assert command in answer.stdout
 
 
-@pytest.mark.parametrize("command", ["train", "evaluate", "export", "predict", "inspect", "doctor", "demo"])
+@pytest.mark.parametrize("command", ["train-step", "evaluate", "export", "predict", "inspect", "doctor", "demo"])
 def test_help_of_every_command_works_without_torch(command: str) -> None:
     answer = cl4wsis(command, "--help")
     assert answer.returncode == 0, answer.stderr
@@ -104,7 +104,7 @@ def test_doctor_works_without_any_optional_part() -> None:
 
 
 def test_training_without_torch_says_what_to_install() -> None:
-    answer = cl4wsis("train", "--config", "shapes")
+    answer = cl4wsis("train-step", "--config", "shapes")
     assert answer.returncode == 1
     assert "pip install 'cl4wsis[train]'" in answer.stderr
     assert "Traceback" not in answer.stderr
