@@ -111,6 +111,9 @@ class SemanticPhase(Settings):
     """Whether background may be drawn as well."""
     peak_generator: bool = True
     """Train the peak generator; without it phase 2 takes peaks from the class probabilities of the decoder."""
+    peak_input: Literal["logits", "log_odds"] = "logits"
+    """What the peak generator sees: new-class logits as published, or the log-odds of their softmax. A logit may be
+    largest where background's is larger still; then peaks stand beside the object."""
     clip_new_logits: bool = True
     """The published side effect: classification and self-training see new-class logits clipped at 0 (row 10)."""
     self_training: bool = True
@@ -129,6 +132,9 @@ class PeakSettings(Settings):
     """Peaks kept per class and image."""
     smoothing: bool = True
     """Average activation maps over 3x3 cells first, as published."""
+    accept_peakless: bool = False
+    """Take a region without any peak for one instance too. Off as published: such regions are left out, although most
+    are single objects."""
     min_area: int = Field(20, ge=0)
     """Smallest connected region that becomes an instance, square px at ``reference_size`` (an area: scales with the
     square of the length)."""

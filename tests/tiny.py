@@ -1,4 +1,7 @@
-"""Settings under which a whole step trains in seconds: eight pictures of 64 px, random weights, thin heads."""
+"""Settings under which a whole step trains in seconds: eight pictures of 64 px, random weights, thin heads.
+
+The method is the published one, every module on.
+"""
 
 from cl4wsis.tasks import Plan, load_plan
 
@@ -21,6 +24,16 @@ TINY = [
     "recipe.instance.epochs=2",
     "recipe.instance.batch_size=4",
     "recipe.log_every=1",
+    "recipe.network.encoder_statistics=batch",
+    "recipe.network.head_init=default",
+    "recipe.semantic.train_encoder=true",
+    "recipe.semantic.random_dropout=true",
+    "recipe.semantic.refine_target=false",
+    "recipe.semantic.old_classes_compete=false",
+    "recipe.semantic.suppress_old=false",
+    "recipe.semantic.peak_input=logits",
+    "recipe.instance.peaks.smoothing=true",
+    "recipe.instance.peaks.accept_peakless=false",
 ]
 
 

@@ -258,6 +258,22 @@ def test_small_and_untagged_regions_are_left_out():
     assert not any(target.any() for target in none.targets)
 
 
+def test_regions_without_a_peak_count_where_they_are_accepted():
+    semantic_map = torch.zeros(1, 6, 6, dtype=torch.int64)
+    semantic_map[0, :2, :2] = 3  # one peak
+    semantic_map[0, :2, 4:] = 3  # none
+    semantic_map[0, 4:, :] = 3  # two
+    peaks = make_peaks((0, 2, 0, 0), (0, 2, 4, 0), (0, 2, 5, 5))
+    settings = SMALL.model_copy(update={"accept_peakless": True})
+    published, accepting = (
+        synthesize_targets(semantic_map, peaks, BOTH, SPLIT, chosen, 1.0, 1.0) for chosen in (SMALL, settings)
+    )
+    assert (int(published.num_isolated), int(accepting.num_isolated)) == (1, 2)
+    assert published.targets.loss_weight[0, 0, 0].tolist() == [1, 1, 0, 0, 0, 0]
+    assert accepting.targets.loss_weight[0, 0, 0].tolist() == [1, 1, 0, 0, 1, 1]
+    assert not accepting.targets.loss_weight[0, 0, 4:].any()
+
+
 def random_batch(seed, batch=3, side=24):
     rng = np.random.default_rng(seed)
     maps = rng.choice(5, (batch, side // 4, side // 4)).repeat(4, 1).repeat(4, 2)

@@ -55,6 +55,7 @@ class InstancePhase(Phase):
         self.localizer = freeze(semantic_phase.localizer)
         self.peak_generator = freeze(semantic_phase.peak_generator) if semantic_phase.peak_generator else None
         self.old_network = freeze(semantic_phase.old_network)
+        self.peak_input = semantic_phase.peak_input
         self.split = semantic_phase.split
         self.settings = recipe.instance
         self.all_seen_labels = all_seen_labels
@@ -163,7 +164,7 @@ class InstancePhase(Phase):
         """Return peak maps (B, n, h, w); without a peak generator, class probabilities over their maximum."""
         new_labels = image_labels[:, self.split.center_new]
         if self.peak_generator is not None:
-            peak_maps = self.peak_generator(cam_logits[:, self.split.semantic_new])
+            peak_maps = self.peak_generator(self.peak_input(cam_logits))
             activation: Tensor = self.peak_generator.activation(peak_maps, new_labels)
             return activation
         probs = cam_logits.softmax(dim=1)[:, self.split.semantic_new] * new_labels[:, :, None, None]

@@ -125,6 +125,14 @@ class SemanticPhase(Phase):
         old, new = cam_logits[:, self.split.semantic_old], cam_logits[:, self.split.semantic_new]
         return torch.cat([old, new.relu()], dim=1)
 
+    def peak_input(self, cam_logits: Tensor) -> Tensor:
+        """Return what the peak generator sees of activation logits (B, C, h, w): (B, n, h, w)."""
+        new = self.split.semantic_new
+        if self.settings.peak_input == "logits":
+            return cam_logits[:, new]
+        log_probs = cam_logits.log_softmax(dim=1)[:, new]
+        return log_probs - torch.log1p(-log_probs.exp().clamp(max=1 - 1e-6))
+
     def _without_absent_classes(self, old_probs: Tensor, image_labels: Tensor) -> Tensor:
         """Silence old classes that an image does not hold, when its tags tell so."""
         if not self.all_seen_labels:
@@ -139,8 +147,8 @@ class SemanticPhase(Phase):
         tagged = slice(None) if self.all_seen_labels else split.center_new
         losses = {"classification": classification_loss(pooled[:, tagged], image_labels[:, tagged])}
         if self.peak_generator is not None:
-            peaks = self.peak_generator(cam_logits[:, split.semantic_new])
-            pooled_peaks = self.peak_generator.pooled_logits(peaks)
+            peak_maps = self.peak_generator(self.peak_input(cam_logits))
+            pooled_peaks = self.peak_generator.pooled_logits(peak_maps)
             losses["peak"] = classification_loss(pooled_peaks, image_labels[:, split.center_new])
         return losses
 

@@ -55,7 +55,7 @@ class SynthesizedTargets(NamedTuple):
     num_regions: Tensor
     """(B,) int64 regions per image."""
     num_isolated: Tensor
-    """(B,) int64 regions with exactly one peak per image."""
+    """(B,) int64 regions taken for one instance, per image."""
     num_peaks: Tensor
     """(B,) int64 peaks per image."""
 
@@ -152,7 +152,7 @@ def synthesize_targets(
     length_scale: float,
     sigma: float,
 ) -> SynthesizedTargets:
-    """Make targets of the regions that hold exactly one peak of their class.
+    """Make targets of the regions that hold exactly one peak of their class, or none where the settings accept that.
 
     Such a region counts as one instance: its center is its centroid in whole pixels, at which the offsets of all its
     pixels point. Other regions get nothing here.
@@ -172,7 +172,8 @@ def synthesize_targets(
     with torch.no_grad():
         batch, height, width = semantic_map.shape
         regions = find_regions(semantic_map, image_labels, split, settings.min_area * length_scale**2)
-        isolated = count_peaks(regions, peaks) == 1
+        num_peaks = count_peaks(regions, peaks)
+        isolated = (num_peaks == 1) | ((num_peaks == 0) & settings.accept_peakless)
         chosen = isolated.nonzero()[:, 0]
         center_target = render_center_heatmap(
             regions.image_index[chosen],
