@@ -6,6 +6,7 @@ The method is the published one, every module on.
 from cl4wsis.tasks import Plan, load_plan
 
 TINY = [
+    'steps=[["disc", "square", "triangle", "star"], ["ring", "cross"], ["crescent", "heart"]]',
     "data.num_train=8",
     "data.num_val=4",
     "data.image_size=64",
