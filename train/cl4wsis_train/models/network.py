@@ -176,12 +176,10 @@ class InstanceSegmenter(nn.Module):
         Source: the prior initialisation of RetinaNet (Lin et al., ICCV 2017), section 4.1.
         """
         rare = math.log(_CLASS_PRIOR / (1 - _CLASS_PRIOR))
-        for head in self.semantic_branch.classifier:
-            nn.init.constant_(head.bias, rare)
-        self.semantic_branch.classifier[0].bias.data[0] = -rare
-        for head in self.instance_branch.center_head:
-            nn.init.zeros_(head.weight)
-            nn.init.zeros_(head.bias)
+        classifier = self.semantic_branch.classifier
+        classifier.init_constant(bias=rare)
+        classifier.state_dict()["0.bias"][0] = -rare  # background
+        self.instance_branch.center_head.init_constant(bias=0.0, weight=0.0)
 
     def split_parameters(self) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
         """Return the encoder's parameters and all others, for learning rates of their own."""
