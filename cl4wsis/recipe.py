@@ -94,9 +94,10 @@ class SemanticPhase(Settings):
     old_classes_compete: bool = False
     """Whether the hard pseudo label may fall to an old class, which then leaves the pixel to the old network. Off as
     published: there, background and tagged classes alone compete, so an untagged old object may become a new one."""
-    suppress_old: bool = False
-    """Lower the old classes in the semantic target where the activation maps show a new class: P'_c (1 - max_n Q_n).
-    Off as published: there, a new object that looks like an old class is taught as both."""
+    suppress_old: float = Field(0.0, ge=0, le=1)
+    """How far old classes are lowered in the semantic target where the activation maps show a new class:
+    P'_c (1 - suppress_old * max_n Q_n). 0 as published: there, a new object that looks like an old class is taught as
+    both. 1 learns new classes best and forgets similar old ones."""
     encoder_distillation: float = Field(1.0, ge=0)
     """Weight of the encoder's feature distillation; 0 switches it off."""
     localizer_distillation: float = Field(1.0, ge=0)

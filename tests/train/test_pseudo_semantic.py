@@ -140,6 +140,10 @@ def test_old_classes_yield_to_new_ones_where_asked():
     old_probs = torch.tensor([0.5, 0.8]).view(1, 2, 1, 1)
     labels = torch.tensor([[0.0, 1.0]])
     published = semantic_target(cam_logits.softmax(1), old_probs, labels, alpha=0.5)
-    suppressed = semantic_target(cam_logits.softmax(1), old_probs, labels, alpha=0.5, suppress_old=True)
+    halved, suppressed = (
+        semantic_target(cam_logits.softmax(1), old_probs, labels, alpha=0.5, suppress_old=strength)
+        for strength in (0.5, 1.0)
+    )
+    assert halved.flatten().tolist() == pytest.approx([0.0, 0.4, 1.0], abs=1e-6)
     assert published.flatten().tolist() == pytest.approx([0.0, 0.8, 1.0], abs=1e-6)
     assert suppressed.flatten().tolist() == pytest.approx([0.0, 0.0, 1.0], abs=1e-6)

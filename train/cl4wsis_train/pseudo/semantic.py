@@ -52,7 +52,7 @@ def semantic_target(
     image_labels: Tensor,
     alpha: float,
     old_classes_compete: bool = False,
-    suppress_old: bool = False,
+    suppress_old: float = 0.0,
 ) -> Tensor:
     """Build the Segmenter's target: the old network for old classes, smoothed activation maps for new ones.
 
@@ -64,7 +64,8 @@ def semantic_target(
         image_labels: (B, C - 1) 0/1, the visible tags.
         alpha: share of the hard label in the new classes' target.
         old_classes_compete: let old classes win the hard label too; not in the publication.
-        suppress_old: lower the old classes where new ones are seen, ``P'_c * (1 - max_n Q_n)``; not in the publication.
+        suppress_old: share s of ``P'_c * (1 - s * max_n Q_n)`` by which old classes yield where new ones are seen;
+            0 in the publication.
 
     Returns:
         (B, C, h, w) in [0, 1], without gradient.
@@ -80,7 +81,7 @@ def semantic_target(
         target[:, 0] = torch.minimum(target[:, 0], old_probs[:, 0].float())
         target[:, 1:num_old] = old_probs[:, 1:]
         if suppress_old:
-            target[:, 1:num_old] *= 1 - target[:, num_old:].amax(dim=1, keepdim=True)
+            target[:, 1:num_old] *= 1 - suppress_old * target[:, num_old:].amax(dim=1, keepdim=True)
     return target
 
 
