@@ -3,11 +3,11 @@
 from collections.abc import Callable
 
 import numpy as np
-from cl4wsis.metrics import EvaluationReport, evaluate_predictions
 
 from cl4wsis.datasets import load_evaluation_set
 from cl4wsis.errors import BundleError
 from cl4wsis.instances import Instances
+from cl4wsis.metrics import EvaluationReport, evaluate_predictions
 from cl4wsis.tasks import Plan
 from cl4wsis_serve.predictor import Predictor
 
