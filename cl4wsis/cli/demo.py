@@ -96,7 +96,7 @@ def measured_steps(plan: "Plan", run: Path) -> dict[int, "EvaluationReport"]:
 
 def predict_pictures(bundle: Path, plan: "Plan", folder: Path) -> Path:
     """Write the first evaluation images to files and predict them as a user would."""
-    from cl4wsis.cli.predict import predict
+    from cl4wsis.cli.predict import FORMATS, predict_sources
     from cl4wsis.datasets import load_evaluation_set
     from cl4wsis.images import write_png
 
@@ -105,5 +105,5 @@ def predict_pictures(bundle: Path, plan: "Plan", folder: Path) -> Path:
     images.mkdir(parents=True, exist_ok=True)
     for index in range(min(_NUM_PICTURES, len(samples))):
         write_png(images / f"{index:03d}.png", samples[index].image)
-    predict([str(images)], bundle=bundle, out=folder / "masks")
+    predict_sources([str(images)], bundle, folder / "masks", list(FORMATS))
     return folder / "masks"

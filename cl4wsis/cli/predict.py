@@ -54,19 +54,39 @@ def predict(
     if resume and "ids" not in formats:
         raise typer.BadParameter("--resume reads the id maps of the earlier run, so --save must contain 'ids'")
 
+    path = bundle or newest_bundle(Path("runs"))
+    summary = predict_sources(sources, path, out, formats, backend, threads, batch_size, min_score, resume)
+    _report(summary, as_json)
+    if summary["failed"]:
+        raise typer.Exit(1)
+
+
+def predict_sources(
+    sources: list[str],
+    bundle: Path,
+    out: Path,
+    formats: list[str],
+    backend: str = "auto",
+    threads: int | None = None,
+    batch_size: int = 1,
+    min_score: float = 0.0,
+    resume: bool = False,
+) -> dict[str, Any]:
+    """Predict images and write the results, with progress on stderr; the arguments are those of the command.
+
+    Returns:
+        What was read, found and skipped, ready for JSON.
+    """
     from cl4wsis.cli.console import note
     from cl4wsis_serve.files import find_images
     from cl4wsis_serve.predictor import Predictor
 
     images = find_images(sources, skip=out)
-    path = bundle or newest_bundle(Path("runs"))
-    predictor = Predictor.open(path, backend, threads)
-    note(f"images: {len(images)}, {path} on {predictor.backend.name}")
+    predictor = Predictor.open(bundle, backend, threads)
+    note(f"{len(images)} images, {bundle} on {predictor.backend.name}")
     ids, writers = _build_writers(predictor, out, formats, min_score)
     summary = _predict_all(predictor, images, ids if resume else None, writers, batch_size, min_score)
-    _report({"bundle": str(path), "backend": predictor.backend.name, "out": str(out), **summary}, as_json)
-    if summary["failed"]:
-        raise typer.Exit(1)
+    return {"bundle": str(bundle), "backend": predictor.backend.name, "out": str(out), **summary}
 
 
 def newest_bundle(folder: Path) -> Path:
