@@ -83,7 +83,7 @@ def predict_sources(
 
     images = find_images(sources, skip=out)
     predictor = Predictor.open(bundle, backend, threads)
-    note(f"{len(images)} images, {bundle} on {predictor.backend.name}")
+    note(f"images: {len(images)}, {bundle} on {predictor.backend.name}")
     ids, writers = _build_writers(predictor, out, formats, min_score)
     summary = _predict_all(predictor, images, ids if resume else None, writers, batch_size, min_score)
     return {"bundle": str(bundle), "backend": predictor.backend.name, "out": str(out), **summary}
