@@ -242,7 +242,6 @@ def test_equal_seeds_give_equal_batches_and_epochs_differ() -> None:
     assert not any(equal(a, b) for a, b in zip(epochs[0], other, strict=True))
 
 
-@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 def test_batches_do_not_depend_on_the_number_of_workers() -> None:
     alone = build_training_loader(shapes_plan(), 0, "base", batch_size=4, seed=5)
     shared = build_training_loader(shapes_plan(recipe={"num_workers": 2}), 0, "base", batch_size=4, seed=5)

@@ -1,16 +1,20 @@
 """Loaders of training batches.
 
 Everything random is drawn in the main process: the sampler gives each image of an epoch its own seed, so that batches
-do not depend on the number of worker processes. Small data sets are decoded once and held in memory, which workers
-share.
+do not depend on the number of worker processes. Small data sets are decoded once and held in memory, by each worker
+too. Workers come from a fork server and not from a fork of the training process: a fork copies locks that threads of
+OpenCV, OpenMP or ONNX Runtime may hold at that moment, and then waits for them for ever.
 """
 
+import multiprocessing
 import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from multiprocessing.context import BaseContext
 from typing import cast
 
+import cv2
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -192,8 +196,24 @@ def build_training_loader(plan: Plan, step: int, phase: PhaseName, batch_size: i
         drop_last=True,
         generator=generator,
         persistent_workers=recipe.num_workers > 0,
+        multiprocessing_context=_worker_context() if recipe.num_workers else None,
+        worker_init_fn=_use_one_thread if recipe.num_workers else None,
     )
     return cast("DataLoader[Batch]", loader)
+
+
+def _worker_context() -> BaseContext:
+    """Start workers from a clean process that has imported this module once; where there is none, from scratch."""
+    if "forkserver" not in multiprocessing.get_all_start_methods():
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    return context
+
+
+def _use_one_thread(worker: int) -> None:
+    """Leave the cores to the other workers; torch does so by itself."""
+    cv2.setNumThreads(1)
 
 
 def _decode_if_small(pictures: Sequence[DecodedPicture]) -> Sequence[DecodedPicture]:
