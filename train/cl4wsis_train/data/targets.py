@@ -8,6 +8,7 @@ channel ``c + 1``.
 """
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -67,9 +68,11 @@ def encode_instance_targets(instance_ids: Tensor, labels: Tensor, num_classes: i
         (batch, num_classes, height, width),
         sigma,
     )
-    offsets = (means.index_select(0, slots) - points).float()
+    offsets = [
+        (mean.index_select(0, slots) - own).float() for mean, own in zip(means.unbind(1), points.unbind(1), strict=True)
+    ]
     offset_target = scatter_pixels(pixels, offsets, batch, height, width)
-    loss_weight = scatter_pixels(pixels, torch.ones_like(offsets[:, :1]), batch, height, width)
+    loss_weight = scatter_pixels(pixels, [torch.ones_like(offsets[0])], batch, height, width)
     return InstanceTargets(center_target, offset_target, loss_weight)
 
 
@@ -149,12 +152,12 @@ def pixel_points(pixels: Tensor, height: int, width: int) -> Tensor:
     return torch.stack((rows % height, pixels - rows * width), dim=1)
 
 
-def scatter_pixels(pixels: Tensor, values: Tensor, batch: int, height: int, width: int) -> Tensor:
+def scatter_pixels(pixels: Tensor, channels: Sequence[Tensor], batch: int, height: int, width: int) -> Tensor:
     """Write values at flat pixel numbers into maps that are 0 elsewhere.
 
     Args:
         pixels: (P,) distinct numbers ``(b * H + y) * W + x``.
-        values: (P, D).
+        channels: D times (P,), the values of each channel, of one type.
         batch: B.
         height: H.
         width: W.
@@ -162,11 +165,12 @@ def scatter_pixels(pixels: Tensor, values: Tensor, batch: int, height: int, widt
     Returns:
         (B, D, H, W) of the values' type.
     """
-    area, depth = height * width, values.shape[1]
-    first = pixels + torch.div(pixels, area, rounding_mode="floor") * (area * (depth - 1))  # position in channel 0
-    maps = values.new_zeros(batch * depth * area)
-    for channel in range(depth):
-        maps.scatter_(0, first + channel * area, values[:, channel])
+    area, depth = height * width, len(channels)
+    maps = channels[0].new_zeros(batch * depth * area)
+    if depth > 1 and batch > 1:  # position in channel 0
+        pixels = pixels + torch.div(pixels, area, rounding_mode="floor") * (area * (depth - 1))
+    for channel, values in enumerate(channels):
+        maps.narrow(0, channel * area, len(maps) - channel * area).scatter_(0, pixels, values)
     return maps.view(batch, depth, height, width)
 
 

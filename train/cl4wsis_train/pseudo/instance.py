@@ -15,7 +15,14 @@ from torch import Tensor
 from cl4wsis.recipe import PeakSettings
 from cl4wsis.tasks import ClassSplit
 from cl4wsis_train.data.targets import InstanceTargets, pixel_points, render_center_heatmap, scatter_pixels
-from cl4wsis_train.pseudo.regions import Regions, find_local_maxima, rank_in_group, scale_window
+from cl4wsis_train.pseudo.regions import (
+    Regions,
+    find_local_maxima,
+    flat_nonzero,
+    rank_in_group,
+    running_maximum,
+    scale_window,
+)
 
 
 class SemanticMap(NamedTuple):
@@ -130,12 +137,14 @@ def find_peaks(
             maps = F.avg_pool2d(maps, 3, stride=1, padding=1)
         if len(maps):
             maps = F.interpolate(maps, size=size, mode="bilinear", align_corners=False)
-        # What lies below the threshold neither is a peak nor hides one.
-        pixels = (maps >= settings.threshold).view(-1).nonzero()[:, 0]
+        window = scale_window(settings.window, length_scale)
+        around = F.pad(maps, (window // 2,) * 4, value=-torch.inf)
+        is_peak = maps == running_maximum(running_maximum(around, window, 2), window, 3)
+        pixels = flat_nonzero(is_peak & (maps >= settings.threshold))
         scores = maps.view(-1).index_select(0, pixels)
         points = pixel_points(pixels, *size)
         which = torch.div(pixels, size[0] * size[1], rounding_mode="floor")
-        kept = find_local_maxima(points, scores, which, scale_window(settings.window, length_scale)).nonzero()[:, 0]
+        kept = flat_nonzero(find_local_maxima(points, scores, which, 3))  # one of a plateau
         kept = kept[torch.argsort(scores[kept], descending=True, stable=True)]
         kept = kept[torch.argsort(which[kept], stable=True)]
         kept = kept[rank_in_group(which[kept]) < settings.max_peaks]
@@ -182,14 +191,17 @@ def synthesize_targets(
             (batch, split.num_new_classes, height, width),
             sigma,
         )
-        inside = isolated.index_select(0, regions.pixel_regions).nonzero()[:, 0]
+        inside = flat_nonzero(isolated.index_select(0, regions.pixel_regions))
         pixels = regions.pixels.index_select(0, inside)
-        centers = regions.centroids.index_select(0, regions.pixel_regions.index_select(0, inside))
-        offsets = (centers - regions.points.index_select(0, inside)).float()
+        owners = regions.pixel_regions.index_select(0, inside)
+        offsets = [
+            (center.index_select(0, owners) - own).float()
+            for center, own in zip(regions.centroids.unbind(1), regions.axes_of(inside), strict=True)
+        ]
         targets = InstanceTargets(
             center_target,
             scatter_pixels(pixels, offsets, batch, height, width),
-            scatter_pixels(pixels, torch.ones_like(offsets[:, :1]), batch, height, width),
+            scatter_pixels(pixels, [torch.ones_like(offsets[0])], batch, height, width),
         )
         return SynthesizedTargets(
             targets,
@@ -236,7 +248,7 @@ def _classify_pixels(logits: Tensor, allowed: Tensor, first_new: int, size: tupl
     classes = channels.index_select(0, rows.argmax(1))
 
     # All channels take part in the softmax, but only its values on new classes are needed.
-    pixels = (classes >= first_new).nonzero()[:, 0]
+    pixels = flat_nonzero(classes >= first_new)
     points = (2 * pixel_points(pixels, *size) + 1) / logits.new_tensor(size) - 1  # pixel centers in -1..1
     sampled = F.grid_sample(
         logits, points.flip(1)[None, None], mode="bilinear", padding_mode="border", align_corners=False

@@ -6,6 +6,7 @@ supplemented by offset sinks, small spots at which offsets vanish.
 Shapes: B batch, n new classes, R regions, P region pixels, K seeds, H W the network input (the crop).
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 from cl4wsis.recipe import RefineSettings
 from cl4wsis.tasks import ClassSplit
 from cl4wsis_train.data.targets import InstanceTargets, render_center_heatmap, scatter_pixels
-from cl4wsis_train.pseudo.regions import Regions, find_local_maxima, scale_window
+from cl4wsis_train.pseudo.regions import Regions, find_local_maxima, flat_nonzero, scale_window
 
 
 class Seeds(NamedTuple):
@@ -60,7 +61,7 @@ def refine_targets(
         batch, _, height, width = center_heatmap.shape
         channels = regions.labels.index_select(0, regions.pixel_regions)
         values = _values_at(center_heatmap, regions, channels).float()  # (P,)
-        offsets = torch.stack([_values_at(offset_map, regions, channel) for channel in (0, 1)], dim=1).float()  # (P, 2)
+        offsets = [_values_at(offset_map, regions, channel).float() for channel in (0, 1)]  # (P,) each
         if class_probs.ndim == 4:
             probs = _values_at(class_probs, regions, channels + 1).float()
         else:
@@ -86,11 +87,14 @@ def refine_targets(
             sigma,
         )
         pixels = regions.pixels.index_select(0, grouped)
-        to_center = (centers.index_select(0, instance) - regions.points.index_select(0, grouped)).float()
+        to_center = [
+            (center.index_select(0, instance) - own).float()
+            for center, own in zip(centers.unbind(1), regions.axes_of(grouped), strict=True)
+        ]
         return InstanceTargets(
             center_target,
             scatter_pixels(pixels, to_center, batch, height, width),
-            scatter_pixels(pixels, confidence.index_select(0, instance).unsqueeze(1), batch, height, width),
+            scatter_pixels(pixels, [confidence.index_select(0, instance)], batch, height, width),
         )
 
 
@@ -117,9 +121,8 @@ def merge_targets(isolated: InstanceTargets, refined: InstanceTargets) -> Instan
 def _values_at(maps: Tensor, regions: Regions, channels: Tensor | int) -> Tensor:
     """Read maps (B, D, H, W) at the region pixels, each in its channel, (P,)."""
     area = maps.shape[2] * maps.shape[3]
-    images = torch.div(regions.pixels, area, rounding_mode="floor")
-    positions = regions.pixels + (images * (maps.shape[1] - 1) + channels) * area
-    return maps.reshape(-1).index_select(0, positions)
+    first = (regions.image_index * ((maps.shape[1] - 1) * area)).index_select(0, regions.pixel_regions)
+    return maps.reshape(-1).index_select(0, regions.pixels + first + channels * area)
 
 
 def _pixel_positions(seeds: Seeds, regions: Regions) -> Tensor:
@@ -131,21 +134,26 @@ def _pixel_positions(seeds: Seeds, regions: Regions) -> Tensor:
 
 def _find_center_seeds(values: Tensor, regions: Regions, settings: RefineSettings, length_scale: float) -> Seeds:
     """Find the maxima of the heatmap above the threshold, counting only pixels of the same region."""
-    hot = (values > settings.center_threshold).nonzero()[:, 0]
+    hot = flat_nonzero(values > settings.center_threshold)
     window = scale_window(settings.nms_kernel_size, length_scale)
     maxima = hot[find_local_maxima(regions.points[hot], values[hot], regions.pixel_regions[hot], window)]
     return Seeds(regions.points[maxima], regions.pixel_regions[maxima])
 
 
 def _find_sink_seeds(
-    values: Tensor, offsets: Tensor, maxima: Seeds, regions: Regions, settings: RefineSettings, length_scale: float
+    values: Tensor,
+    offsets: Sequence[Tensor],
+    maxima: Seeds,
+    regions: Regions,
+    settings: RefineSettings,
+    length_scale: float,
 ) -> Seeds:
     """Find the offset sinks that add to the heatmap's maxima.
 
     A sink is a 4-connected spot of about ``sink_area`` pixels of a region with short offsets. It counts where its
     centroid has a center value above the threshold, and in regions with maxima only if it is far from all of them.
     """
-    short = (offsets.square().sum(1) < settings.sink_radius**2).nonzero()[:, 0]
+    short = flat_nonzero(offsets[0].square() + offsets[1].square() < settings.sink_radius**2)
     spot_map = torch.zeros_like(regions.region_ids)
     spot_map.view(-1)[regions.pixels[short]] = regions.labels[regions.pixel_regions[short]].to(torch.int32) + 1
     spots = Regions.from_class_map(spot_map, connectivity=4, min_area=settings.sink_area - settings.sink_area_tolerance)
@@ -174,7 +182,7 @@ def _join(maxima: Seeds, sinks: Seeds) -> Seeds:
     return Seeds(seeds.points[order], seeds.regions[order])
 
 
-def _group_pixels(seeds: Seeds, offsets: Tensor, regions: Regions) -> tuple[Tensor, Tensor]:
+def _group_pixels(seeds: Seeds, offsets: Sequence[Tensor], regions: Regions) -> tuple[Tensor, Tensor]:
     """Assign the pixels of regions with seeds; the first seed wins a tie.
 
     Returns:
@@ -182,15 +190,17 @@ def _group_pixels(seeds: Seeds, offsets: Tensor, regions: Regions) -> tuple[Tens
     """
     counts = torch.bincount(seeds.regions, minlength=len(regions))  # (R,)
     first_seed = counts.cumsum(0) - counts
-    grouped = (counts > 0).index_select(0, regions.pixel_regions).nonzero()[:, 0]  # (G,)
+    grouped = flat_nonzero((counts > 0).index_select(0, regions.pixel_regions))  # (G,)
     owners = regions.pixel_regions.index_select(0, grouped)
     instance = first_seed.index_select(0, owners)
 
     # Only regions with several seeds ask for distances: theirs are compared one seed at a time.
-    contested = (counts > 1).index_select(0, owners).nonzero()[:, 0]
+    contested = flat_nonzero((counts > 1).index_select(0, owners))
     owners = owners.index_select(0, contested)
     positions = grouped.index_select(0, contested)
-    rows, columns = (regions.points.index_select(0, positions) + offsets.index_select(0, positions)).unbind(1)
+    rows, columns = (
+        own + offset.index_select(0, positions) for own, offset in zip(regions.axes_of(positions), offsets, strict=True)
+    )
     nearest = torch.full_like(rows, torch.inf)
     choice = torch.zeros_like(owners)
     for slot, points in enumerate(_pad_seeds(seeds, counts, first_seed).unbind(1)):
@@ -237,7 +247,7 @@ def _score_instances(
     inside = values.index_select(0, grouped)
     peaks = inside.new_zeros(num_seeds).scatter_reduce_(0, instance, inside, "amax", include_self=False)
     # The first pixel that holds the maximum.
-    highest = (inside == peaks.index_select(0, instance)).nonzero()[:, 0]
+    highest = flat_nonzero(inside == peaks.index_select(0, instance))
     positions = torch.zeros_like(areas)
     positions.scatter_reduce_(0, instance[highest], grouped[highest], "amin", include_self=False)
     weak = peaks < settings.center_threshold

@@ -14,8 +14,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from cl4wsis_train.data.targets import pixel_points
-
 
 class Regions(NamedTuple):
     """Connected parts of one class each, over a whole batch."""
@@ -49,30 +47,33 @@ class Regions(NamedTuple):
         Returns:
             Regions in order of image and class.
         """
-        device = class_map.device
         ids, owners = _label_parts(class_map.cpu().numpy(), connectivity)
-        region_ids = torch.from_numpy(ids).to(device)
-        image_index, labels = torch.from_numpy(owners).to(device).unbind(1)  # (R,) each
-        pixels = region_ids.view(-1).nonzero()[:, 0]
-        pixel_regions = region_ids.view(-1).index_select(0, pixels).long() - 1
+        pixels = np.flatnonzero(ids != 0)
+        pixel_regions = ids.reshape(-1)[pixels].astype(np.int64) - 1
+        areas = np.bincount(pixel_regions, minlength=len(owners))
+        large = areas >= min_area
+        if not large.all():
+            numbers = np.where(large, large.cumsum(), 0).astype(np.int32)  # (R,), from 1; 0 for what is too small
+            ids.reshape(-1)[pixels] = numbered = numbers[pixel_regions]
+            kept = np.flatnonzero(numbered)
+            pixels, pixel_regions = pixels[kept], numbered[kept].astype(np.int64) - 1
+            owners, areas = owners[large], areas[large]
 
-        large = torch.bincount(pixel_regions, minlength=len(labels)) >= min_area
-        if not bool(large.all()):
-            numbers = torch.where(large, large.cumsum(0), 0)  # (R,), from 1; 0 for what is too small
-            numbered = numbers.index_select(0, pixel_regions)
-            region_ids.view(-1).scatter_(0, pixels, numbered.to(torch.int32))
-            kept = numbered.nonzero()[:, 0]
-            pixels, pixel_regions = pixels.index_select(0, kept), numbered.index_select(0, kept) - 1
-            image_index, labels = image_index[large], labels[large]
-
-        points = pixel_points(pixels, *region_ids.shape[1:])
-        areas = torch.bincount(pixel_regions, minlength=len(labels))
-        sums = [torch.bincount(pixel_regions, axis.double(), len(labels)) for axis in points.unbind(1)]
-        centroids = (torch.stack(sums, dim=1) / areas[:, None]).long()
-        return cls(region_ids, pixels, points, pixel_regions, image_index, labels, areas, centroids)
+        height, width = ids.shape[1:]
+        rows = pixels // width
+        points = np.stack((rows % height, pixels - rows * width)).T  # each axis by itself in memory
+        sums = [np.bincount(pixel_regions, axis, len(owners)) for axis in points.T]
+        centroids = (np.stack(sums, axis=1) / areas[:, None]).astype(np.int64)
+        arrays = (ids, pixels, points, pixel_regions, owners[:, 0], owners[:, 1], areas, centroids)
+        return cls(*(torch.from_numpy(array).to(class_map.device) for array in arrays))
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    def axes_of(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Return rows and columns, (G,) int64 each, of the pixels at some positions (G,) of the list."""
+        rows, columns = (axis.index_select(0, positions) for axis in self.points.unbind(1))
+        return rows, columns
 
 
 def find_local_maxima(points: Tensor, values: Tensor, groups: Tensor, window: int) -> Tensor:
@@ -89,9 +90,38 @@ def find_local_maxima(points: Tensor, values: Tensor, groups: Tensor, window: in
     Returns:
         (P,) bool.
     """
-    maxima = (values == _windowed_maximum(points, values, groups, window)).nonzero()[:, 0]
+    maxima = flat_nonzero(values == _windowed_maximum(points, values, groups, window))
     last = maxima == _windowed_maximum(points[maxima], maxima.double(), groups[maxima], 3)
     return torch.zeros_like(values, dtype=torch.bool).index_fill_(0, maxima[last], True)
+
+
+def running_maximum(maps: Tensor, window: int, dim: int) -> Tensor:
+    """Return the maximum of each ``window`` consecutive entries; the result is ``window - 1`` shorter.
+
+    Windows of doubling width need log2(window) passes.
+
+    Args:
+        maps: of any shape.
+        window: number of entries.
+        dim: along which they are consecutive.
+    """
+    width = 1
+    while width < window:
+        step = min(width, window - width)
+        length = maps.shape[dim] - step
+        maps = torch.maximum(maps.narrow(dim, 0, length), maps.narrow(dim, step, length))
+        width += step
+    return maps
+
+
+def flat_nonzero(mask: Tensor) -> Tensor:
+    """Return the flat positions at which a bool tensor is true, (P,) int64.
+
+    On a CPU this goes through NumPy, which is several times faster.
+    """
+    if mask.device.type == "cpu":
+        return torch.from_numpy(np.flatnonzero(mask.numpy()))
+    return mask.reshape(-1).nonzero()[:, 0]
 
 
 def rank_in_group(groups: Tensor) -> Tensor:
@@ -123,11 +153,12 @@ def _label_parts(maps: NDArray[Any], connectivity: int) -> tuple[NDArray[np.int3
     total = 0
     for image, class_map in enumerate(maps):
         for value in np.flatnonzero(np.bincount(class_map.reshape(-1))[1:]) + 1:
-            mask = class_map == value
-            rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
-            box = np.s_[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
-            count, parts = cv2.connectedComponents(mask[box].view(np.uint8), connectivity=connectivity)
-            np.add(parts, total, out=ids[image][box], where=mask[box])
+            mask = (class_map == value).view(np.uint8)
+            left, top, width, height = cv2.boundingRect(mask)
+            box = np.s_[top : top + height, left : left + width]
+            count, parts = cv2.connectedComponents(mask[box], connectivity=connectivity)
+            parts += mask[box] * np.int32(total)
+            ids[image][box] += parts  # still 0 where this class is
             owners.append(np.full((count - 1, 2), (image, value - 1)))
             total += count - 1
     return ids, np.concatenate(owners)
@@ -152,22 +183,8 @@ def _windowed_maximum(points: Tensor, values: Tensor, groups: Tensor, window: in
     rows, columns = (points + shift.index_select(0, index)).unbind(1)
     height, width = int(size[:, 0].sum()) + radius * (num_groups + 1), int(size[:, 1].max()) + 2 * radius
     canvas = values.new_full((height * width,), -torch.inf).scatter_(0, rows * width + columns, values)
-    canvas = _running_maximum(_running_maximum(canvas.view(height, width), window, 0), window, 1)
+    canvas = running_maximum(running_maximum(canvas.view(height, width), window, 0), window, 1)
     return canvas.reshape(-1).index_select(0, (rows - radius) * canvas.shape[1] + columns - radius)
-
-
-def _running_maximum(maps: Tensor, window: int, dim: int) -> Tensor:
-    """Return the maximum of each ``window`` consecutive entries; the result is ``window - 1`` shorter.
-
-    Windows of doubling width need log2(window) passes.
-    """
-    width = 1
-    while width < window:
-        step = min(width, window - width)
-        length = maps.shape[dim] - step
-        maps = torch.maximum(maps.narrow(dim, 0, length), maps.narrow(dim, step, length))
-        width += step
-    return maps
 
 
 def _reduce(values: Tensor, index: Tensor, num_groups: int, reduce: str) -> Tensor:
