@@ -17,6 +17,7 @@ from cl4wsis.cli.evaluate import evaluate
 from cl4wsis.cli.export import export
 from cl4wsis.cli.inspect import inspect
 from cl4wsis.cli.predict import predict
+from cl4wsis.cli.serve import serve
 from cl4wsis.cli.train import train_step
 from cl4wsis.errors import Cl4wsisError
 
@@ -71,6 +72,7 @@ for _name, _command in (
     ("evaluate", evaluate),
     ("export", export),
     ("predict", predict),
+    ("serve", serve),
     ("demo", demo),
     ("inspect", inspect),
     ("doctor", doctor),

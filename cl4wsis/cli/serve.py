@@ -1,0 +1,62 @@
+"""``cl4wsis serve``: answer HTTP requests with an exported model."""
+
+import logging
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+_MEBIBYTE = 2**20
+
+
+def serve(
+    bundle: Annotated[
+        Path | None,
+        typer.Argument(
+            help="Bundle folder or .onnx file; the newest bundle under runs/ when not given.", show_default=False
+        ),
+    ] = None,
+    host: Annotated[
+        str, typer.Option("--host", help="Address to listen on; 0.0.0.0 lets other machines in.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option("--port", min=0, max=65535, help="Port; 0 takes any that is free.")] = 8000,
+    backend: Annotated[
+        str, typer.Option("--backend", help="auto, or a backend that 'cl4wsis doctor' lists as ready.")
+    ] = "auto",
+    threads: Annotated[
+        int | None, typer.Option("--threads", min=1, help="CPU threads; all usable cores when not given.")
+    ] = None,
+    max_waiting: Annotated[
+        int, typer.Option("--max-waiting", min=0, help="Requests that may wait; more are turned away with 503.")
+    ] = 16,
+    max_batch: Annotated[int, typer.Option("--max-batch", min=1, help="Images in one inference request.")] = 8,
+    max_body: Annotated[int, typer.Option("--max-body", min=1, help="Largest request, MiB.")] = 32,
+    max_pixels: Annotated[int, typer.Option("--max-pixels", min=1, help="Largest image, million pixels.")] = 64,
+) -> None:
+    """Answer HTTP requests: the Open Inference Protocol v2, and POST /predict for image files.
+
+    Stops on Ctrl-C or SIGTERM, after the requests that are running.
+    """
+    from cl4wsis.cli.console import note
+    from cl4wsis.cli.predict import newest_bundle
+    from cl4wsis.errors import require
+
+    require("serve")
+    logging.basicConfig(format="%(levelname)s: %(message)s")
+    # OpenCV reads this once, when it is loaded: an image of few bytes must not unfold into all of the memory.
+    os.environ.setdefault("OPENCV_IO_MAX_IMAGE_PIXELS", str(max_pixels * 10**6))
+    from cl4wsis_serve.app import ServerLimits
+    from cl4wsis_serve.app import serve as serve_predictor
+    from cl4wsis_serve.predictor import Predictor
+
+    path = bundle or newest_bundle(Path("runs"))
+    predictor = Predictor.open(path, backend, threads=threads)
+    limits = ServerLimits(max_body_bytes=max_body * _MEBIBYTE, max_batch=max_batch, max_waiting=max_waiting)
+    serve_predictor(
+        predictor,
+        host,
+        port,
+        limits,
+        lambda address: note(f"{path} on {predictor.backend.name}, listening on {address}"),
+    )
