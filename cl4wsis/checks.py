@@ -1,0 +1,90 @@
+"""How far a variant of a bundle may be from the float32 graph, and how far it was found to be."""
+
+from collections.abc import Mapping
+
+from pydantic import Field
+
+from cl4wsis.config import Settings
+
+
+class Limits(Settings):
+    """What a variant must keep to on the images it is verified with; ``None`` is no limit."""
+
+    golden_pixels: float | None = Field(None, ge=0, le=1)
+    """Largest :attr:`Agreement.differing_pixels` of the golden images."""
+    differing_pixels: float | None = Field(None, ge=0, le=1)
+    matched: float | None = Field(None, ge=0, le=1)
+    """Smallest :attr:`Agreement.matched`."""
+    mask_iou: float | None = Field(None, ge=0, le=1)
+    """Smallest :attr:`Agreement.mask_iou`."""
+    score_error: float | None = Field(None, ge=0)
+    ap50_drop: float | None = Field(None, ge=0, le=1)
+    """Largest loss of AP50 of old, new and all classes, each by itself, as a fraction."""
+
+
+class Agreement(Settings):
+    """How alike two sets of answers to the same images are. An instance is matched by one of its class and image with
+    a mask IoU above 0.5; there is at most one such, as instances do not overlap.
+    """
+
+    images: int
+    instances: int
+    """Instances of the reference."""
+    differing_pixels: float
+    """Share of foreground pixels (of either side) at which the two name different instances; 0 without foreground."""
+    matched: float
+    """Matched instances of both sides over all instances of both sides; 1 if there are none."""
+    mask_iou: float
+    """Mean mask IoU of matched instances; 1 if there are none."""
+    score_error: float
+    """Largest difference of the scores of matched instances."""
+
+
+class GroupValues(Settings):
+    """A measure over classes of earlier steps, classes the step added, and all of them; None without ground truth."""
+
+    old: float | None
+    new: float | None
+    all: float | None
+
+
+class VariantCheck(Settings):
+    """How one graph answered on one backend, compared with ``model.onnx`` on the CPU of the same machine."""
+
+    precision: str
+    post: str
+    backend: str
+    sha256: str
+    """The graph that was checked."""
+    data: str
+    """The images, in words."""
+    golden: Agreement | None
+    """The golden inputs against the outputs stored for them; none if the bundle has no golden inputs."""
+    agreement: Agreement | None
+    """The images against the answers of the float32 graph; none where the graph could not be run on them."""
+    ap50: GroupValues | None
+    """AP50 on the images, VOC style; none where their objects are not known."""
+    ap50_reference: GroupValues | None
+    """AP50 of the float32 graph on the same images."""
+    limits: Limits
+    problems: tuple[str, ...]
+    """What was beyond the limits; the check is passed if nothing was."""
+    versions: dict[str, str]
+    """Versions of what ran it."""
+    checked: str
+    """Time, ISO 8601, UTC."""
+
+    @property
+    def passed(self) -> bool:
+        """Whether everything was within the limits."""
+        return not self.problems
+
+
+DEFAULT_LIMITS: Mapping[str, Limits] = {
+    "float32": Limits(
+        golden_pixels=0.005, differing_pixels=0.005, matched=0.995, mask_iou=0.99, score_error=0.001, ap50_drop=0.002
+    ),
+    "float16": Limits(golden_pixels=0.05, differing_pixels=0.05, matched=0.97, mask_iou=0.97, ap50_drop=0.002),
+    "int8": Limits(golden_pixels=0.25, differing_pixels=0.25, matched=0.8, mask_iou=0.85, ap50_drop=0.015),
+}
+"""By precision; used where the manifest of a bundle has no others."""
