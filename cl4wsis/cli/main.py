@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from cl4wsis import __version__
+from cl4wsis.cli.convert import convert_encoder
 from cl4wsis.cli.demo import demo
 from cl4wsis.cli.doctor import doctor
 from cl4wsis.cli.evaluate import evaluate
@@ -75,6 +76,7 @@ for _name, _command in (
     ("serve", serve),
     ("demo", demo),
     ("inspect", inspect),
+    ("convert-encoder", convert_encoder),
     ("doctor", doctor),
 ):
     app.command(_name)(_with_plain_errors(_command))

