@@ -4,8 +4,13 @@
 (inputs with the outputs expected for them) and, as a cache, ``engines/``. The manifest lists the SHA-256 of every other
 file. A folder is complete when it has its final name: it is written under a temporary one and renamed.
 
+Variants of ``model.onnx`` differ in two things: the arithmetic of the network (``precision``), and whether the grouping
+is part of the graph (``post`` is ``graph``: images to instances) or left to the runtime (``host``: images to the three
+raw maps of the network). ``network.onnx`` is the host variant of ``model.onnx``; a host variant keeps its weights in
+the file of the graph variant of its precision.
+
 ``model.onnx`` also works by itself: what a runtime needs to know stands in its metadata, one JSON text per field of the
-manifest under keys that begin with ``cl4wsis.``.
+manifest under keys that begin with ``cl4wsis.``. So does every other variant, beside the file that holds its weights.
 """
 
 import json
@@ -20,17 +25,26 @@ from typing import Any, BinaryIO, Literal
 
 from pydantic import Field, ValidationError, field_validator
 
+from cl4wsis.checks import Limits, VariantCheck
 from cl4wsis.config import Settings
 from cl4wsis.errors import BundleError
 from cl4wsis.grouping import GroupingSpec
-from cl4wsis.steps import ClassInfo, InputRule, file_sha256
+from cl4wsis.steps import ClassInfo, InputRule, file_sha256, write_text_atomically
 
 FORMAT: Literal["cl4wsis-bundle/1"] = "cl4wsis-bundle/1"
 SUFFIX = ".cl4wsis"
 MANIFEST_FILE = "manifest.json"
 MODEL_FILE = "model.onnx"
+NETWORK_FILE = "network.onnx"
 LABELS_FILE = "labels.txt"
 CARD_FILE = "card.md"
+
+Precision = Literal["float32", "float16", "int8"]
+"""Arithmetic of the network; the grouping is float32 always."""
+Post = Literal["graph", "host"]
+"""Where the grouping runs: within the graph, or in the runtime."""
+PRECISION_OPTIONS: Mapping[Precision, str] = {"float32": "fp32", "float16": "fp16", "int8": "int8"}
+"""Precisions as the command line spells them."""
 
 _METADATA_PREFIX = "cl4wsis."
 _METADATA_FIELD = 14  # of ModelProto in onnx.proto
@@ -55,7 +69,7 @@ class GraphInfo(Settings):
     operators: dict[str, int]
     """Number of nodes of each operator."""
     precision: Literal["float32"] = "float32"
-    """Arithmetic of the network; the grouping is float32 whatever stands here."""
+    """Arithmetic of ``model.onnx``; that of other graphs stands in :class:`VariantInfo`."""
     region_rounds: int
     """Rounds of the region labelling (see the export package); more are needed for more intricate shapes."""
 
@@ -79,6 +93,26 @@ class Verification(Settings):
     """Images whose regions were not finished after the fixed number of rounds."""
     runtimes: dict[str, str]
     """Versions of what was compared."""
+
+
+class VariantInfo(Settings):
+    """One graph of a bundle."""
+
+    file: str
+    """Path within the bundle."""
+    precision: Precision
+    post: Post
+    """``graph``: images to the instance outputs; ``host``: images to :attr:`Manifest.maps`."""
+    source_sha256: str
+    """SHA-256 of the ``model.onnx`` it was made from; its own if it is that file."""
+    calibration: tuple[str, ...] = ()
+    """SHA-256 of the pixels of each calibration image, as given to the graph; for ``int8`` alone."""
+    weights_file: str | None = None
+    """File beside it that holds its weights; none if it holds them itself."""
+    weights_sha256: str | None = None
+    """SHA-256 of that file."""
+    types: dict[str, int] = Field(default_factory=dict)
+    """Number of layers with weights by their arithmetic; an engine built from the graph must have the same."""
 
 
 class GoldenCase(Settings):
@@ -120,6 +154,10 @@ class Manifest(Settings):
     outputs: tuple[TensorInfo, ...]
     grouping: GroupingSpec
     """Post-processing that the graph contains."""
+    maps: tuple[TensorInfo, ...] = ()
+    """Outputs of the variants with ``post`` ``host``: what the network says, before any enlargement."""
+    variants: tuple[VariantInfo, ...] = ()
+    """Graphs of the bundle; an opened bundle has at least the one of ``model.onnx``."""
     graph: GraphInfo
     weights_sha256: str
     """Weights of the step it was exported from."""
@@ -135,6 +173,10 @@ class Manifest(Settings):
     """Time of export, ISO 8601, UTC."""
     verification: Verification | None = None
     """Result of the check before packing; a graph taken out of its bundle has none."""
+    limits: dict[Precision, Limits] = Field(default_factory=dict)
+    """How far variants may be from ``model.onnx``; the defaults of ``cl4wsis.checks`` where it says nothing."""
+    checks: tuple[VariantCheck, ...] = ()
+    """Results of ``cl4wsis verify``, on whatever machines it was run."""
     golden: tuple[GoldenCase, ...] = ()
     engines: tuple[EngineInfo, ...] = ()
     files: dict[str, str] = Field(default_factory=dict)
@@ -167,6 +209,27 @@ class Bundle:
         """The ONNX graph."""
         return self.path if self.path.is_file() else self.path / MODEL_FILE
 
+    def variant(self, precision: Precision = "float32", post: Post = "graph") -> VariantInfo:
+        """Choose one of the graphs.
+
+        Raises:
+            BundleError: the bundle does not hold it; the message says which it holds and how to get the other.
+        """
+        for variant in self.manifest.variants:
+            if (variant.precision, variant.post) == (precision, post):
+                return variant
+        held = ", ".join(f"{variant.precision} with post={variant.post}" for variant in self.manifest.variants)
+        way_out = (
+            "open the bundle folder it was taken from"
+            if self.path.is_file()
+            else f"export the step again with --precision {PRECISION_OPTIONS[precision]}"
+        )
+        raise BundleError(f"{self.path}: holds no {precision} graph with post={post}, only {held}; {way_out}")
+
+    def path_of(self, variant: VariantInfo) -> Path:
+        """Return the file of a graph."""
+        return self.path if self.path.is_file() else self.path / variant.file
+
 
 def open_bundle(path: str | Path) -> Bundle:
     """Open a bundle folder, or an ``.onnx`` file that was exported by cl4wsis.
@@ -179,17 +242,29 @@ def open_bundle(path: str | Path) -> Bundle:
     if path.is_dir():
         bundle = Bundle(path, _read_manifest(path))
         _check_files(bundle)
-        return bundle
+        if bundle.manifest.variants:
+            return bundle
+        only = _truth(MODEL_FILE, bundle.manifest.files[MODEL_FILE])
+        return Bundle(path, bundle.manifest.model_copy(update={"variants": (only,)}))
     if not path.exists():
         raise BundleError(f"{path}: does not exist; give a bundle folder or an .onnx file written by 'cl4wsis export'")
     if path.name == MANIFEST_FILE:
         raise BundleError(f"{path}: give the bundle folder {path.parent}, not its manifest")
-    return Bundle(path, manifest_from_metadata(read_onnx_metadata(path), str(path)))
+    return _open_lone_graph(path)
 
 
-def metadata_from_manifest(manifest: Manifest) -> dict[str, str]:
-    """Return the texts to store in the metadata of the graph: all of the manifest but what is known only afterwards."""
-    content = manifest.model_dump(mode="json", exclude={"verification", "golden", "engines", "files"})
+def metadata_from_manifest(manifest: Manifest, variant: VariantInfo | None = None) -> dict[str, str]:
+    """Return the texts to store in the metadata of a graph: all of the manifest but what is known only afterwards.
+
+    Args:
+        manifest: of the bundle.
+        variant: the graph; none for ``model.onnx``, which cannot hold its own hash.
+    """
+    own = {"variants": () if variant is None else (variant,)}
+    if variant is not None and variant.post == "host":
+        own |= {"outputs": manifest.maps}  # type: ignore[dict-item]
+    left_out = {"verification", "checks", "golden", "engines", "files"} | ({"variants"} if variant is None else set())
+    content = manifest.model_copy(update=own).model_dump(mode="json", exclude=left_out)
     return {f"{_METADATA_PREFIX}{key}": json.dumps(value, ensure_ascii=False) for key, value in content.items()}
 
 
@@ -258,11 +333,39 @@ def write_bundle(destination: Path, manifest: Manifest, files: Mapping[str, byte
                 (folder / name).write_bytes(content)
             hashes = {name: file_sha256(folder / name) for name in sorted(files)}
             complete = Manifest.model_validate({**manifest.model_dump(), "files": hashes})
-            text = json.dumps(complete.model_dump(mode="json"), indent=1, ensure_ascii=False)
-            (folder / MANIFEST_FILE).write_text(text + "\n", encoding="utf-8")
+            (folder / MANIFEST_FILE).write_text(_manifest_text(complete), encoding="utf-8")
     except OSError as error:
         raise BundleError(f"{destination}: cannot be written: {error.strerror or error}") from error
     return destination
+
+
+def update_manifest(bundle: Bundle, changes: Mapping[str, Any]) -> Bundle:
+    """Change fields of a bundle's manifest; readers see the old manifest or the new one, never half of it.
+
+    Args:
+        bundle: an opened bundle folder.
+        changes: new values by field; the others stay as they stand in the file now.
+
+    Returns:
+        The bundle with its new manifest.
+
+    Raises:
+        BundleError: the bundle is a lone graph, its manifest cannot be read or written, or a value is impossible.
+    """
+    if not bundle.path.is_dir():
+        raise BundleError(f"{bundle.path}: is a graph by itself and has no manifest; open the bundle folder")
+    path = bundle.path / MANIFEST_FILE
+    current = _read_manifest(bundle.path)
+    changed = _build_manifest({**current.model_dump(), **changes}, str(path))
+    try:
+        write_text_atomically(path, _manifest_text(changed))
+    except OSError as error:
+        raise BundleError(f"{path}: cannot be written: {error.strerror or error}") from error
+    return Bundle(bundle.path, changed)
+
+
+def _manifest_text(manifest: Manifest) -> str:
+    return json.dumps(manifest.model_dump(mode="json"), indent=1, ensure_ascii=False) + "\n"
 
 
 @contextmanager
@@ -316,9 +419,40 @@ def _build_manifest(content: Any, source: str) -> Manifest:
         raise BundleError(f"{source}: cannot be understood: {where}: {first['msg']}; export the step again") from error
 
 
+def _open_lone_graph(path: Path) -> Bundle:
+    manifest = manifest_from_metadata(read_onnx_metadata(path), str(path))
+    if len(manifest.variants) > 1:
+        raise BundleError(f"{path}: its metadata describes {len(manifest.variants)} graphs instead of itself")
+    if not manifest.variants:
+        own = _truth(path.name, file_sha256(path))
+    else:
+        own = manifest.variants[0].model_copy(update={"file": path.name})
+        _check_weights(path, own)
+    return Bundle(path, manifest.model_copy(update={"variants": (own,)}))
+
+
+def _truth(file: str, digest: str) -> VariantInfo:
+    return VariantInfo(file=file, precision="float32", post="graph", source_sha256=digest)
+
+
+def _check_weights(path: Path, variant: VariantInfo) -> None:
+    """Check that the file with the weights of a lone graph lies beside it."""
+    if variant.weights_file is None:
+        return
+    weights = path.parent / variant.weights_file
+    if not weights.is_file() or file_sha256(weights) != variant.weights_sha256:
+        found = "is another file" if weights.is_file() else "is missing"
+        raise BundleError(
+            f"{path}: its weights lie in {variant.weights_file}, which {found} in {path.parent}; "
+            "open the bundle folder, or keep both files of one bundle together"
+        )
+
+
 def _check_files(bundle: Bundle) -> None:
     files = bundle.manifest.files
     used = {MODEL_FILE, *(engine.file for engine in bundle.manifest.engines)}
+    used |= {variant.file for variant in bundle.manifest.variants}
+    used |= {variant.weights_file for variant in bundle.manifest.variants if variant.weights_file is not None}
     used |= {name for case in bundle.manifest.golden for name in (case.image, case.outputs)}
     unlisted = sorted(used - files.keys())
     if unlisted:

@@ -2,15 +2,19 @@
 
 Red pixels (red above 128) are instance 1, class "red", score 0.9; other pixels with blue above 128 are instance 2,
 class "blue", score 0.6. A color that does not occur leaves its slot empty.
+
+Its host variant answers with maps at full resolution in which each color is one class with a flat heatmap of 0.9 or
+0.6 and no offsets, so that grouping them gives the same instances, as long as each color is one area.
 """
 
+from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from cl4wsis.bundle import GraphInfo, Manifest, TensorInfo, metadata_from_manifest, write_bundle
+from cl4wsis.bundle import GraphInfo, Manifest, TensorInfo, VariantInfo, metadata_from_manifest, write_bundle
 from cl4wsis.grouping import GroupingSpec
 from cl4wsis.steps import ClassInfo, InputRule
 
@@ -25,6 +29,7 @@ _OUTPUTS = {
     "areas": ("int32", ("batch", SLOTS)),
     "boxes": ("float32", ("batch", SLOTS, 4)),
 }
+_MAPS = {"semantic_logits": 3, "center_heatmap": 2, "offset_map": 2}
 _TYPES = {"uint8": TensorProto.UINT8, "int32": TensorProto.INT32, "float32": TensorProto.FLOAT}
 
 
@@ -44,6 +49,10 @@ def color_manifest(**changes: object) -> Manifest:
             TensorInfo(name=name, dtype=dtype, shape=shape, meaning=name) for name, (dtype, shape) in _OUTPUTS.items()
         ),
         "grouping": GroupingSpec(max_instances=SLOTS),
+        "maps": tuple(
+            TensorInfo(name=name, dtype="float32", shape=("batch", channels, *SIZE), meaning=name)
+            for name, channels in _MAPS.items()
+        ),
         "graph": GraphInfo(opset=18, operators={}, region_rounds=1),
         "weights_sha256": "0" * 64,
         "parent_sha256": None,
@@ -112,11 +121,58 @@ def color_model(manifest: Manifest | None = None) -> onnx.ModelProto:
     return model
 
 
+def color_network(manifest: Manifest | None = None, variant: VariantInfo | None = None) -> onnx.ModelProto:
+    """Build the host graph; with a manifest its metadata is stored too."""
+    constants = {
+        "background": np.array([1, 0, 0], np.float32).reshape(1, 3, 1, 1),
+        "is_color": np.array([[-1, -1, -1], [1, 0, 0], [0, 0, 1]], np.float32).reshape(3, 3, 1, 1),
+        "overrides": np.array([[1, 0, 0], [0, 1, 0], [-1, 0, 1]], np.float32).reshape(3, 3, 1, 1),
+        "threshold": np.float32(128),
+        "sure": np.float32(40),
+        "heights": np.array([[0, 0.9, 0], [0, 0, 0.6]], np.float32).reshape(2, 3, 1, 1),
+        "nothing": np.zeros((2, 3, 1, 1), np.float32),
+    }
+    nodes = [
+        helper.make_node("Cast", ["images"], ["float_images"], to=TensorProto.FLOAT),
+        helper.make_node("Transpose", ["float_images"], ["planes"], perm=[0, 3, 1, 2]),
+        helper.make_node("Greater", ["planes", "threshold"], ["is_bright"]),
+        helper.make_node("Cast", ["is_bright"], ["bright"], to=TensorProto.FLOAT),
+        helper.make_node("Conv", ["bright", "overrides"], ["colors"]),
+        helper.make_node("Relu", ["colors"], ["exclusive"]),
+        helper.make_node("Conv", ["exclusive", "is_color"], ["votes"]),
+        helper.make_node("Add", ["votes", "background"], ["shares"]),
+        helper.make_node("Mul", ["shares", "sure"], ["semantic_logits"]),
+        helper.make_node("Conv", ["votes", "heights"], ["center_heatmap"]),
+        helper.make_node("Conv", ["votes", "nothing"], ["offset_map"]),
+    ]
+    graph = helper.make_graph(
+        nodes,
+        "colors",
+        [helper.make_tensor_value_info("images", TensorProto.UINT8, ["batch", *SIZE, 3])],
+        [
+            helper.make_tensor_value_info(name, TensorProto.FLOAT, ["batch", channels, *SIZE])
+            for name, channels in _MAPS.items()
+        ],
+        [numpy_helper.from_array(np.asarray(value), name) for name, value in constants.items()],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
+    onnx.checker.check_model(model)
+    if manifest is not None:
+        helper.set_model_props(model, metadata_from_manifest(manifest, variant))
+    return model
+
+
 def write_color_bundle(path: Path, **changes: object) -> Path:
     """Write the bundle; keywords replace fields of its manifest."""
     manifest = color_manifest(**changes)
     model = color_model(manifest).SerializeToString()
-    return write_bundle(path, manifest, {"model.onnx": model, "labels.txt": b"red\nblue\n"})
+    digest = sha256(model).hexdigest()
+    truth = VariantInfo(file="model.onnx", precision="float32", post="graph", source_sha256=digest)
+    host = truth.model_copy(update={"file": "network.onnx", "post": "host"})
+    if not manifest.variants:
+        manifest = manifest.model_copy(update={"variants": (truth, host)})
+    network = color_network(manifest, host).SerializeToString()
+    return write_bundle(path, manifest, {"model.onnx": model, "network.onnx": network, "labels.txt": b"red\nblue\n"})
 
 
 def color_image(height: int = 64, width: int = 96) -> np.ndarray:

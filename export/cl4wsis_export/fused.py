@@ -14,6 +14,10 @@ from cl4wsis_train.models.maps import grouping_grid, maps_on_grid
 from cl4wsis_train.models.network import InstanceSegmenter, SegmenterOutput
 
 INPUT_NAME = "images"
+NETWORK_INPUT = "network_input"
+"""Value of the graph at which the network begins: (B, 3, H, W) float32, normalised."""
+MAP_NAMES = SegmenterOutput._fields
+"""Values of the graph at which the network ends."""
 
 
 class FusedOutput(NamedTuple):
@@ -59,24 +63,51 @@ class FusedSegmenter(nn.Module):
         Args:
             images: (B, H, W, 3) uint8 RGB.
         """
-        output = self._group(self.network_maps(images))
-        return FusedOutput(
-            instance_ids=output.instance_ids.to(torch.uint8),  # last of all: TensorRT has uint8 at its borders only
-            labels=output.labels.to(torch.int32),
-            scores=output.scores,
-            areas=output.areas.to(torch.int32),
-            boxes=output.boxes,
-        )
+        return self.group(self.network(self.normalize(images)))
+
+    def normalize(self, images: Tensor) -> Tensor:
+        """Turn (B, H, W, 3) uint8 RGB images into the (B, 3, H, W) float32 input of the network."""
+        return self.network.normalize(images.float().permute(0, 3, 1, 2))
 
     def network_maps(self, images: Tensor) -> SegmenterOutput:
         """Return what the network says about (B, H, W, 3) uint8 RGB images, on the grid of the grouping."""
-        network_input = self.network.normalize(images.float().permute(0, 3, 1, 2))  # (B, 3, H, W)
-        return maps_on_grid(self.network(network_input), self.input_size, self.spec.profile)
+        return maps_on_grid(self.network(self.normalize(images)), self.input_size, self.spec.profile)
+
+    def group(self, output: SegmenterOutput) -> FusedOutput:
+        """Make instances of the network's raw maps."""
+        instances = self._group(maps_on_grid(output, self.input_size, self.spec.profile))
+        return FusedOutput(
+            instance_ids=instances.instance_ids.to(torch.uint8),  # last of all: TensorRT has uint8 at its borders only
+            labels=instances.labels.to(torch.int32),
+            scores=instances.scores,
+            areas=instances.areas.to(torch.int32),
+            boxes=instances.boxes,
+        )
 
     def _group(self, maps: SegmenterOutput) -> GroupingOutput:
         class_map, class_probs, probs = _classify(maps.semantic_logits)
         full_class_map = enlarged_class_map(probs) if self.spec.profile == "fast" else class_map
         return self.grouping.group(class_map, class_probs, full_class_map, maps.center_heatmap, maps.offset_map)
+
+
+class TracedSegmenter(nn.Module):
+    """The fused module with the borders of its network as further outputs, so that the graph can be cut there.
+
+    Args:
+        segmenter: in evaluation mode.
+    """
+
+    OUTPUT_NAMES = (*FusedOutput._fields, NETWORK_INPUT, *MAP_NAMES)
+
+    def __init__(self, segmenter: FusedSegmenter) -> None:
+        super().__init__()
+        self.segmenter = segmenter
+
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        """Return the instances, the network's input and its three maps for (B, H, W, 3) uint8 RGB images."""
+        network_input = self.segmenter.normalize(images)
+        output = self.segmenter.network(network_input)
+        return (*self.segmenter.group(output), network_input, *output)
 
 
 def _classify(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from cl4wsis.errors import BundleError
-from cl4wsis_export.fused import INPUT_NAME, FusedOutput, FusedSegmenter
-from cl4wsis_export.passes import ConstantShapePass, TidyPass, check_operators
+from cl4wsis_export.fused import INPUT_NAME, FusedOutput, FusedSegmenter, TracedSegmenter
+from cl4wsis_export.passes import ConstantShapePass, FoldPass, TidyPass, check_operators
 
 BATCH = "batch"
 _EXAMPLE_BATCH = 2  # with 1 the exporter would take the batch for a constant
@@ -27,14 +27,18 @@ def build_graph(segmenter: FusedSegmenter, opset: int) -> ir.Model:
 
     Returns:
         The checked and tidied graph, still without metadata: ``images`` (batch, H, W, 3) uint8 in, the fields of
-        :class:`FusedOutput` out.
+        :class:`FusedOutput` out. The borders of the network have names within it, at which it can be cut
+        (:mod:`cl4wsis_export.variants`).
 
     Raises:
         BundleError: the network cannot be exported, or needs an operator that not every runtime has.
     """
     height, width = segmenter.input_size
     example = torch.zeros(_EXAMPLE_BATCH, height, width, 3, dtype=torch.uint8)
-    model = export_module(segmenter, {INPUT_NAME: example}, FusedOutput._fields, opset)
+    model = export_module(TracedSegmenter(segmenter).eval(), {INPUT_NAME: example}, TracedSegmenter.OUTPUT_NAMES, opset)
+    for border in model.graph.outputs[len(FusedOutput._fields) :]:
+        border.shape = ir.Shape([BATCH, *(border.shape or ())[1:]])
+    del model.graph.outputs[len(FusedOutput._fields) :]
     _pin_output_shapes(model, (height, width), segmenter.spec.max_instances)
     return model
 
@@ -68,7 +72,7 @@ def export_module(
                 verbose=False,
             )
             assert program is not None
-            passes = ir.passes.Sequential(TidyPass(), ConstantShapePass(), TidyPass())
+            passes = ir.passes.Sequential(TidyPass(), ConstantShapePass(), FoldPass(), TidyPass())
             model: ir.Model = passes(program.model).model
     except Exception as error:  # the exporter raises errors of many kinds
         raise BundleError(f"the network cannot be exported: {str(error).strip().splitlines()[0]}") from error

@@ -19,21 +19,25 @@ from cl4wsis.bundle import (
     CARD_FILE,
     LABELS_FILE,
     MODEL_FILE,
+    NETWORK_FILE,
     EngineInfo,
     GoldenCase,
     GraphInfo,
     Manifest,
     TensorInfo,
+    VariantInfo,
     Verification,
     metadata_from_manifest,
     write_bundle,
 )
 from cl4wsis.steps import StepInfo
-from cl4wsis_export.fused import INPUT_NAME, FusedSegmenter
+from cl4wsis_export.fused import INPUT_NAME, MAP_NAMES, FusedSegmenter
 from cl4wsis_export.graph import BATCH, build_graph, serialize
 from cl4wsis_export.passes import MetadataPass, count_operators
+from cl4wsis_export.precision import count_types
 from cl4wsis_export.rtx import build_rtx_engine, rtx_version
 from cl4wsis_export.spec import ExportSpec
+from cl4wsis_export.variants import network_graph, share_weights
 from cl4wsis_export.verify import Outputs, verification_frames, verify_graph
 from cl4wsis_train.checkpoint import load_step
 from cl4wsis_train.models.network import InstanceSegmenter
@@ -86,11 +90,36 @@ def export_network(
     count = min(spec.golden_images, len(frames))
     cases, files = _golden_files(frames[:count], outputs[:count])
     engines = _engines(graph, info, spec, runtime, files)
-    complete = manifest.model_copy(update={"verification": verification, "golden": cases, "engines": engines})
+    variants = _float_variants(model, graph, manifest, files)
+    known = {"verification": verification, "golden": cases, "engines": engines, "variants": variants}
+    complete = manifest.model_copy(update=known)
     files[MODEL_FILE] = graph
     files[LABELS_FILE] = "".join(f"{info.name}\n" for info in manifest.classes).encode()
     files[CARD_FILE] = _card(complete, verification).encode()
     return write_bundle(destination, complete, files)
+
+
+def _float_variants(
+    model: ir.Model, graph: bytes, manifest: Manifest, files: dict[str, bytes]
+) -> tuple[VariantInfo, ...]:
+    """Describe the truth and its host variant, and add the latter to the files."""
+    digest = sha256(graph).hexdigest()
+    truth = VariantInfo(
+        file=MODEL_FILE, precision="float32", post="graph", source_sha256=digest, types=count_types(model)
+    )
+    network = network_graph(model)
+    host = VariantInfo(
+        file=NETWORK_FILE,
+        precision="float32",
+        post="host",
+        source_sha256=digest,
+        weights_file=MODEL_FILE,
+        weights_sha256=digest,
+        types=count_types(network),
+    )
+    MetadataPass(metadata_from_manifest(manifest, host))(network)
+    files[host.file] = share_weights(network, graph, MODEL_FILE)
+    return truth, host
 
 
 def _describe(info: StepInfo, spec: ExportSpec, segmenter: FusedSegmenter, model: ir.Model) -> Manifest:
@@ -111,6 +140,7 @@ def _describe(info: StepInfo, spec: ExportSpec, segmenter: FusedSegmenter, model
             _tensor("boxes", "float32", (slots, 4), "xyxy, right and lower edge behind the last pixel"),
         ),
         grouping=segmenter.spec,
+        maps=_describe_maps(model),
         graph=GraphInfo(opset=spec.opset, operators=count_operators(model), region_rounds=spec.region_rounds),
         weights_sha256=info.weights_sha256,
         parent_sha256=info.parent_sha256,
@@ -130,6 +160,16 @@ def _describe(info: StepInfo, spec: ExportSpec, segmenter: FusedSegmenter, model
             "python": platform.python_version(),
         },
         created=datetime.now(UTC).isoformat(timespec="seconds"),
+    )
+
+
+def _describe_maps(model: ir.Model) -> tuple[TensorInfo, ...]:
+    """Describe the outputs of the host variants by the values of the same names within the graph."""
+    meanings = ("raw, channel 0 is background", "raw, one channel per class", "(dy, dx), center minus pixel, px")
+    values = {value.name: value for value in network_graph(model).graph.outputs}
+    return tuple(
+        TensorInfo(name=name, dtype="float32", shape=(BATCH, *(values[name].shape or ())[1:]), meaning=meaning)
+        for name, meaning in zip(MAP_NAMES, meanings, strict=True)
     )
 
 

@@ -69,6 +69,71 @@ class ConstantShapePass(ir.passes.InPlacePass):
         return ir.passes.PassResult(model, modified)
 
 
+class FoldPass(ir.passes.InPlacePass):
+    """Fold batch normalisations and zero padding into the convolutions beside them, as every runtime would."""
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        """Fold them, and leave out what is unused then."""
+        modified = False
+        for node in list(model.graph):
+            if node.op_type == "BatchNormalization":
+                modified |= _fold_normalization(model, node)
+            elif node.op_type == "Conv":
+                modified |= _fold_padding(node)
+        if modified:
+            common.RemoveUnusedNodesPass()(model)
+        return ir.passes.PassResult(model, modified)
+
+
+def _fold_normalization(model: ir.Model, node: ir.Node) -> bool:
+    conv = node.inputs[0].producer() if node.inputs[0] is not None else None
+    if conv is None or conv.op_type != "Conv" or len(conv.outputs[0].uses()) != 1 or node.outputs[0].is_graph_output():
+        return False
+    constants = [_constant(value) for value in (*conv.inputs[1:], *node.inputs[1:])]
+    if any(constant is None for constant in constants):
+        return False
+    weight, *bias, gamma, beta, mean, variance = (np.asarray(array, np.float64) for array in constants)
+    factor = gamma / np.sqrt(variance + node.attributes["epsilon"].as_float())
+    weight = weight * factor.reshape(-1, *[1] * (weight.ndim - 1))
+    shift = beta + ((bias[0] if bias else 0) - mean) * factor
+    conv.resize_inputs(3)
+    for index, (array, name) in enumerate(((weight, "weight"), (shift, "bias")), start=1):
+        conv.replace_input_with(index, _add_constant(model, array.astype(np.float32), f"{conv.name}_{name}"))
+    _take_over(node.outputs[0], conv.outputs[0])
+    model.graph.remove(node, safe=True)
+    return True
+
+
+def _fold_padding(conv: ir.Node) -> bool:
+    pad = conv.inputs[0].producer() if conv.inputs[0] is not None else None
+    if pad is None or pad.op_type != "Pad" or len(pad.inputs) > 3 or pad.inputs[0] is None:
+        return False
+    modes = pad.attributes.get_string("mode", "constant"), conv.attributes.get_string("auto_pad", "NOTSET")
+    amounts = _constant(pad.inputs[1])
+    fill = _constant(pad.inputs[2]) if len(pad.inputs) > 2 and pad.inputs[2] is not None else np.zeros(())
+    if modes != ("constant", "NOTSET") or amounts is None or fill is None or np.any(fill) or np.any(amounts < 0):
+        return False
+    begins, ends = np.split(amounts, 2)
+    if np.any(begins[:2]) or np.any(ends[:2]):  # of batch and channels
+        return False
+    amounts = np.concatenate([begins[2:], ends[2:]])
+    own = conv.attributes.get_ints("pads", [0] * len(amounts))
+    conv.attributes["pads"] = ir.AttrInt64s("pads", (amounts + np.array(own)).tolist())
+    conv.replace_input_with(0, pad.inputs[0])
+    return True
+
+
+def _take_over(old: ir.Value, new: ir.Value) -> None:
+    """Let one value stand for another, under the name of that one."""
+    name = old.name
+    ir.convenience.replace_all_uses_with(old, new)
+    old.name, new.name = f"{name}_unused", name
+
+
+def _constant(value: ir.Value | None) -> NDArray[Any] | None:
+    return None if value is None or value.const_value is None else value.const_value.numpy()
+
+
 def _fix_reshape(model: ir.Model, node: ir.Node) -> bool:
     result = node.outputs[0].shape
     if result is None or node.inputs[1] is None or node.inputs[1].const_value is not None:

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from hashlib import sha256
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from cl4wsis.bundle import (
     GraphInfo,
     Manifest,
     TensorInfo,
+    VariantInfo,
     manifest_from_metadata,
     metadata_from_manifest,
     open_bundle,
@@ -23,6 +25,15 @@ from cl4wsis.errors import BundleError
 from cl4wsis.grouping import GroupingSpec
 from cl4wsis.steps import ClassInfo, InputRule
 
+TRUTH = VariantInfo(file="model.onnx", precision="float32", post="graph", source_sha256=sha256(b"graph").hexdigest())
+HOST = TRUTH.model_copy(
+    update={
+        "file": "network.onnx",
+        "post": "host",
+        "weights_file": "model.onnx",
+        "weights_sha256": TRUTH.source_sha256,
+    }
+)
 FILES = {"model.onnx": b"graph", "labels.txt": b"cat\nd\xc3\xb6g\n", "golden/0.png": b"png", "golden/0.npz": b"npz"}
 
 
@@ -71,7 +82,7 @@ def test_a_bundle_reads_back_what_was_written(bundle: Path) -> None:
     opened = open_bundle(bundle)
     assert opened.model == bundle / "model.onnx"
     assert set(opened.manifest.files) == set(FILES)
-    assert opened.manifest.model_copy(update={"files": {}}) == make_manifest()
+    assert opened.manifest.model_copy(update={"files": {}}) == make_manifest(variants=(TRUTH,))
 
 
 def test_nothing_but_the_bundle_is_left_beside_it(bundle: Path) -> None:
@@ -158,8 +169,44 @@ def test_a_lone_graph_is_opened_by_its_metadata(tmp_path: Path) -> None:
     path.write_bytes(onnx_bytes({"other": "tool", **metadata_from_manifest(make_manifest())}))
     opened = open_bundle(path)
     assert opened.model == path
-    assert opened.manifest == make_manifest(golden=())
+    own = TRUTH.model_copy(update={"file": "alone.onnx", "source_sha256": sha256(path.read_bytes()).hexdigest()})
+    assert opened.manifest == make_manifest(golden=(), variants=(own,))
+    assert opened.path_of(opened.variant()) == path
     assert opened.manifest.classes[1].name == "dög"
+
+
+def test_variants_are_chosen_by_precision_and_post(tmp_path: Path) -> None:
+    files = {**FILES, "network.onnx": b"network"}
+    opened = open_bundle(write_bundle(tmp_path / "pets.cl4wsis", make_manifest(variants=(TRUTH, HOST)), files))
+    assert opened.variant() == TRUTH
+    assert opened.variant(post="host") == HOST
+    assert opened.path_of(HOST).read_bytes() == b"network"
+    message = "no int8 graph with post=host, only float32 with post=graph, float32 with post=host;.*--precision int8"
+    with pytest.raises(BundleError, match=message):
+        opened.variant("int8", "host")
+
+
+def test_a_variant_without_its_file_is_refused(tmp_path: Path) -> None:
+    path = write_bundle(tmp_path / "pets.cl4wsis", make_manifest(variants=(TRUTH, HOST)), FILES)
+    with pytest.raises(BundleError, match=r"no hash for network\.onnx"):
+        open_bundle(path)
+
+
+def test_a_lone_variant_tells_what_it_is_and_wants_its_weights(tmp_path: Path) -> None:
+    path = tmp_path / "taken.onnx"
+    maps = (TensorInfo(name="semantic_logits", dtype="float32", shape=("batch", 3, 2, 4), meaning="raw"),)
+    path.write_bytes(onnx_bytes(metadata_from_manifest(make_manifest(maps=maps), HOST)))
+    with pytest.raises(BundleError, match=r"weights lie in model\.onnx, which is missing in .*keep both files"):
+        open_bundle(path)
+    (tmp_path / "model.onnx").write_bytes(b"of another model")
+    with pytest.raises(BundleError, match="which is another file"):
+        open_bundle(path)
+    (tmp_path / "model.onnx").write_bytes(FILES["model.onnx"])
+    opened = open_bundle(path)
+    assert opened.manifest.variants == (HOST.model_copy(update={"file": "taken.onnx"}),)
+    assert opened.manifest.outputs == maps
+    with pytest.raises(BundleError, match=r"no float32 graph with post=graph.*open the bundle folder"):
+        opened.variant()
 
 
 @pytest.mark.parametrize(

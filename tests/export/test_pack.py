@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from cl4wsis.bundle import open_bundle
+from cl4wsis.bundle import VariantInfo, open_bundle
 from cl4wsis.errors import BundleError, ConfigError, RunError
 from cl4wsis.steps import WEIGHTS_FILE, StepInfo, file_sha256, write_step_info
 from cl4wsis_export import ExportSpec, export_network, export_step, pack, spec_for_step
@@ -58,7 +58,8 @@ def test_a_lone_graph_says_the_same_as_its_bundle(bundle_path: Path, tmp_path: P
     alone = tmp_path / "moved.onnx"
     alone.write_bytes((bundle_path / "model.onnx").read_bytes())
     whole = open_bundle(bundle_path).manifest
-    expected = whole.model_copy(update={"verification": None, "golden": (), "files": {}})
+    own = VariantInfo(file="moved.onnx", precision="float32", post="graph", source_sha256=file_sha256(alone))
+    expected = whole.model_copy(update={"verification": None, "golden": (), "files": {}, "variants": (own,)})
     assert open_bundle(alone).manifest == expected
 
 
