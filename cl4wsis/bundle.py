@@ -339,15 +339,12 @@ def write_bundle(destination: Path, manifest: Manifest, files: Mapping[str, byte
     return destination
 
 
-def update_manifest(bundle: Bundle, changes: Mapping[str, Any]) -> Bundle:
+def update_manifest(bundle: Bundle, changes: Mapping[str, Any]) -> None:
     """Change fields of a bundle's manifest; readers see the old manifest or the new one, never half of it.
 
     Args:
         bundle: an opened bundle folder.
         changes: new values by field; the others stay as they stand in the file now.
-
-    Returns:
-        The bundle with its new manifest.
 
     Raises:
         BundleError: the bundle is a lone graph, its manifest cannot be read or written, or a value is impossible.
@@ -361,7 +358,6 @@ def update_manifest(bundle: Bundle, changes: Mapping[str, Any]) -> Bundle:
         write_text_atomically(path, _manifest_text(changed))
     except OSError as error:
         raise BundleError(f"{path}: cannot be written: {error.strerror or error}") from error
-    return Bundle(bundle.path, changed)
 
 
 def _manifest_text(manifest: Manifest) -> str:

@@ -23,8 +23,10 @@ class Limits(Settings):
 
 
 class Agreement(Settings):
-    """How alike two sets of answers to the same images are. An instance is matched by one of its class and image with
-    a mask IoU above 0.5; there is at most one such, as instances do not overlap.
+    """How alike two sets of answers to the same images are.
+
+    An instance is matched by one of its class and image with a mask IoU above 0.5; there is at most one such, as
+    instances do not overlap.
     """
 
     images: int

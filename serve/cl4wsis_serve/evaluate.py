@@ -4,11 +4,12 @@ from collections.abc import Callable
 
 import numpy as np
 
+from cl4wsis.bundle import Manifest
 from cl4wsis.datasets import load_evaluation_set
 from cl4wsis.errors import BundleError
 from cl4wsis.instances import Instances
 from cl4wsis.metrics import EvaluationReport, evaluate_predictions
-from cl4wsis.tasks import Plan
+from cl4wsis.tasks import ClassSplit, Plan
 from cl4wsis_serve.predictor import Predictor
 
 _BATCH_SIZE = 4
@@ -29,15 +30,8 @@ def evaluate_predictor(
     Raises:
         BundleError: the bundle's classes are not those of the plan at the bundle's step.
     """
-    step = predictor.manifest.step
-    expected = plan.split(step).seen_names if step < plan.num_steps else ()
-    found = tuple(info.name for info in predictor.manifest.classes)
-    if found != expected:
-        raise BundleError(
-            f"the bundle of step {step} knows {', '.join(found)}; plan '{plan.name}' has "
-            f"{', '.join(expected) or 'no such step'}: give the plan it was trained on with --config"
-        )
-    samples = load_evaluation_set(plan, step)
+    split = check_plan(predictor.manifest, plan)
+    samples = load_evaluation_set(plan, split.step)
     predictions: list[Instances] = []
     ground_truths: list[Instances] = []
     for start in range(0, len(samples), _BATCH_SIZE):
@@ -49,4 +43,21 @@ def evaluate_predictor(
         ]
         if progress is not None:
             progress(len(predictions), len(samples))
-    return evaluate_predictions(predictions, ground_truths, plan.split(step))
+    return evaluate_predictions(predictions, ground_truths, split)
+
+
+def check_plan(manifest: Manifest, plan: Plan) -> ClassSplit:
+    """Return old and new classes of a bundle's step, once it is sure that the bundle knows just these.
+
+    Raises:
+        BundleError: the bundle's classes are not those of the plan at the bundle's step.
+    """
+    step = manifest.step
+    expected = plan.split(step).seen_names if step < plan.num_steps else ()
+    found = tuple(info.name for info in manifest.classes)
+    if found != expected:
+        raise BundleError(
+            f"the bundle of step {step} knows {', '.join(found)}; plan '{plan.name}' has "
+            f"{', '.join(expected) or 'no such step'}: give the plan it was trained on with --config"
+        )
+    return plan.split(step)
