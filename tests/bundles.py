@@ -7,6 +7,7 @@ Its host variant answers with maps at full resolution in which each color is one
 0.6 and no offsets, so that grouping them gives the same instances, as long as each color is one area.
 """
 
+import io
 from hashlib import sha256
 from pathlib import Path
 
@@ -14,8 +15,17 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from cl4wsis.bundle import GraphInfo, Manifest, TensorInfo, VariantInfo, metadata_from_manifest, write_bundle
+from cl4wsis.bundle import (
+    GoldenCase,
+    GraphInfo,
+    Manifest,
+    TensorInfo,
+    VariantInfo,
+    metadata_from_manifest,
+    write_bundle,
+)
 from cl4wsis.grouping import GroupingSpec
+from cl4wsis.images import encode_png
 from cl4wsis.steps import ClassInfo, InputRule
 
 SIZE = (32, 48)
@@ -162,8 +172,8 @@ def color_network(manifest: Manifest | None = None, variant: VariantInfo | None 
     return model
 
 
-def write_color_bundle(path: Path, **changes: object) -> Path:
-    """Write the bundle; keywords replace fields of its manifest."""
+def write_color_bundle(path: Path, num_golden: int = 0, **changes: object) -> Path:
+    """Write the bundle; keywords replace fields of its manifest. Golden inputs show a red and a blue area."""
     manifest = color_manifest(**changes)
     model = color_model(manifest).SerializeToString()
     digest = sha256(model).hexdigest()
@@ -172,7 +182,29 @@ def write_color_bundle(path: Path, **changes: object) -> Path:
     if not manifest.variants:
         manifest = manifest.model_copy(update={"variants": (truth, host)})
     network = color_network(manifest, host).SerializeToString()
-    return write_bundle(path, manifest, {"model.onnx": model, "network.onnx": network, "labels.txt": b"red\nblue\n"})
+    files = {"model.onnx": model, "network.onnx": network, "labels.txt": b"red\nblue\n"}
+    cases = tuple(GoldenCase(image=f"golden/{n}.png", outputs=f"golden/{n}.npz") for n in range(num_golden))
+    for number, case in enumerate(cases):
+        frame = np.roll(color_image(*SIZE), number, axis=1)
+        buffer = io.BytesIO()
+        np.savez_compressed(buffer, **color_answer(frame))
+        files |= {case.image: encode_png(frame), case.outputs: buffer.getvalue()}
+    return write_bundle(path, manifest.model_copy(update={"golden": cases}) if cases else manifest, files)
+
+
+def color_answer(frame: np.ndarray) -> dict[str, np.ndarray]:
+    """Say what the graph must give for a frame of its size, without the batch axis."""
+    red = frame[..., 0] > 128
+    ids = np.where(red, 1, np.where(frame[..., 2] > 128, 2, 0))
+    areas = np.bincount(ids.reshape(-1), minlength=SLOTS + 1)[1:]
+    slots = np.arange(SLOTS)
+    return {
+        "instance_ids": ids.astype(np.uint8),
+        "labels": ((areas > 0) & (slots == 1)).astype(np.int32),
+        "scores": (np.array([0.9, 0.6, 0, 0]) * (areas > 0)).astype(np.float32),
+        "areas": areas.astype(np.int32),
+        "boxes": np.zeros((SLOTS, 4), np.float32),
+    }
 
 
 def color_image(height: int = 64, width: int = 96) -> np.ndarray:
