@@ -20,6 +20,7 @@ _EXTRA_MODULES = {
     "trt": ("tensorrt",),
     "trt-rtx": ("tensorrt_rtx",),
     "openvino": ("openvino",),
+    "sbd": ("scipy",),
     "serve": ("fastapi", "uvicorn"),
 }
 

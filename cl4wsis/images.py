@@ -10,6 +10,7 @@ What comes out is always (H, W, 3) uint8 RGB:
 - A JPEG or PNG that ends early is refused rather than filled up with gray.
 """
 
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ IMAGE_SUFFIXES = frozenset({".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".t
 
 _JPEG_START, _JPEG_SCAN, _JPEG_END = b"\xff\xd8\xff", b"\xff\xda", b"\xff\xd9"
 _PNG_START, _PNG_END = b"\x89PNG\r\n\x1a\n", b"IEND"
+_PNG_GRAY, _PNG_PALETTE = 0, 3  # color types
 
 
 def read_image(path: str | Path) -> NDArray[np.uint8]:
@@ -67,6 +69,59 @@ def decode_image(content: bytes, name: str = "image") -> NDArray[np.uint8]:
         raise DataError(f"{name}: is not an image that can be read; expected JPEG, PNG, WebP, TIFF, BMP or PPM")
     rgb: NDArray[np.uint8] = cv2.cvtColor(_to_8_bits(decoded, name), cv2.COLOR_BGR2RGB)
     return rgb
+
+
+def read_index_map(path: str | Path) -> NDArray[np.uint8] | NDArray[np.uint16]:
+    """Read a PNG whose pixels are numbers: indices of a palette, or values of a grayscale image.
+
+    Colors of the palette play no part. Pixels of 1, 2 or 4 bits count in steps of 1 as well.
+
+    Returns:
+        (H, W) uint8, or uint16 for 16 bits.
+
+    Raises:
+        DataError: the file is missing, truncated, no PNG, or shows colors instead of numbers.
+    """
+    try:
+        content = Path(path).read_bytes()
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror or error}") from error
+    if not content.startswith(_PNG_START) or content[12:16] != b"IHDR":
+        raise DataError(f"{path}: is not a PNG; masks of numbers are stored as PNG")
+    if _is_truncated(content):
+        raise DataError(f"{path}: ends before the image is complete; copy the file again")
+    depth, color_type = content[24], content[25]
+    if color_type not in (_PNG_GRAY, _PNG_PALETTE):
+        raise DataError(
+            f"{path}: holds colors; expected are numbers, as in a palette or 8-bit grayscale PNG (class numbers "
+            "0, 1, ..., 255 and not their colors)"
+        )
+    cv2 = _import_cv2()
+    plain = _without_palette(content) if color_type == _PNG_PALETTE else content
+    try:
+        values = cv2.imdecode(np.frombuffer(plain, np.uint8), cv2.IMREAD_GRAYSCALE | cv2.IMREAD_ANYDEPTH)
+    except cv2.error as error:
+        raise DataError(f"{path}: cannot be decoded: {_first_line(error)}") from error
+    if values is None:
+        raise DataError(f"{path}: is damaged and cannot be decoded; copy the file again")
+    scale = 255 // (2**depth - 1) if depth < 8 else 1  # fewer bits are stretched to 0..255 in decoding
+    numbers: NDArray[np.uint8] = values // scale if scale > 1 else values
+    return numbers
+
+
+def _without_palette(content: bytes) -> bytes:
+    """Turn a palette PNG into a grayscale PNG of the same numbers: another color type, and no palette."""
+    parts, position = [content[:8]], 8
+    while position + 8 <= len(content):
+        length, kind = int.from_bytes(content[position : position + 4], "big"), content[position + 4 : position + 8]
+        chunk = content[position : position + length + 12]
+        if kind == b"IHDR":
+            body = b"IHDR" + chunk[8:17] + bytes([_PNG_GRAY]) + chunk[18:21]
+            chunk = chunk[:4] + body + zlib.crc32(body).to_bytes(4, "big")
+        if kind not in (b"PLTE", b"tRNS", b"bKGD", b"sBIT"):  # these speak of palette entries
+            parts.append(chunk)
+        position += length + 12
+    return b"".join(parts)
 
 
 def encode_png(array: NDArray[Any]) -> bytes:

@@ -6,7 +6,7 @@ these numbers. Semantic channel 0 is background, so class ``c`` is semantic chan
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -78,44 +78,117 @@ class ShapesData(Settings):
     """Side of the square pictures, px."""
     seed: int = 7
     """Seed of the drawings; training and evaluation pictures never coincide."""
+    proposals: Path | None = None
+    """Folder of class-agnostic mask proposals for the steps that learn from tags, one JSON file per picture."""
+
+    @property
+    def proposal_folder(self) -> Path | None:
+        """The folder of mask proposals."""
+        return self.proposals
 
 
-class ImageSource(Settings):
-    """A folder of images with what is known about them."""
+class CocoSource(Settings):
+    """A folder of images with COCO annotations."""
 
+    kind: Literal["coco"] = "coco"
     images: Path
     """Folder of the image files."""
     instances: Path | None = None
     """COCO instances JSON; read in step 0, for evaluation and for supervised baselines only."""
     tags: Path | None = None
     """Class names of each image: JSON ``{file: [names]}``, or CSV with a file and then its class names per line."""
+    rename: dict[str, str] = Field(default_factory=dict)
+    """Class names of this source that the plan calls otherwise: ``{theirs = "ours"}``."""
 
 
-class CocoData(Settings):
-    """A user's own images: COCO instances JSON for masks, image tags for later steps."""
+class VocSource(Settings):
+    """A PASCAL VOC folder: ``JPEGImages``, ``ImageSets/Segmentation``, index masks, ``Annotations``."""
 
-    kind: Literal["coco"] = "coco"
+    kind: Literal["voc"] = "voc"
+    folder: Path = Path()
+    """The folder that holds ``JPEGImages``, such as ``VOCdevkit/VOC2012``."""
+    split: str = "train"
+    """List of image names: ``ImageSets/Segmentation/<split>.txt``."""
+    class_masks: str = "SegmentationClass"
+    """Folder of the PNG files that hold class numbers 1 to 20; 0 is background, 255 void."""
+    object_masks: str = "SegmentationObject"
+    """Folder of the PNG files that hold object numbers; 0 is background, 255 void."""
+    tags: Path | None = None
+    """Class names of each image, as for COCO; read from ``Annotations/*.xml`` when not given."""
+    rename: dict[str, str] = Field(default_factory=dict)
+    """Class names of VOC that the plan calls otherwise: ``{sofa = "couch"}``."""
+
+
+class SbdSource(Settings):
+    """The Semantic Boundaries Dataset: ``img``, ``cls``, ``inst`` and the lists beside them."""
+
+    kind: Literal["sbd"] = "sbd"
+    folder: Path = Path()
+    """The folder that holds ``img``, usually called ``dataset``."""
+    split: str = "train"
+    """List of image names: ``<split>.txt``."""
+    instances: Path | None = None
+    """The masks as COCO JSON, category ids 1 to 20 in VOC order; read from ``inst/*.mat`` when not given."""
+    tags: Path | None = None
+    """Class names of each image, as for COCO; when not given, those named in ``cls/*.mat`` or in the COCO JSON."""
+    rename: dict[str, str] = Field(default_factory=dict)
+    """Class names of VOC that the plan calls otherwise."""
+
+
+FileSource = CocoSource | VocSource | SbdSource
+_TaggedSource = Annotated[FileSource, Field(discriminator="kind")]
+
+
+class FileData(Settings):
+    """Images in files. The kind is that of every source that names none itself, so sources may be mixed."""
+
+    kind: Literal["coco", "voc", "sbd"]
     root: Path = Path()
     """Folder to which relative paths of this section refer."""
-    train: ImageSource
+    train: _TaggedSource
     """Training images of every step that has no source of its own."""
-    val: ImageSource
+    val: _TaggedSource
     """Images for evaluation, with instances."""
-    steps: dict[int, ImageSource] = Field(default_factory=dict)
-    """Training images of single steps, for data that arrives over time."""
+    steps: dict[int, _TaggedSource] = Field(default_factory=dict)
+    """Training images of single steps, for data that arrives over time or comes from elsewhere."""
+    val_lacks_classes: bool = False
+    """Whether the evaluation images know only some of the plan's classes, as another data set may; what they do not
+    know is not measured."""
+    proposals: Path | None = None
+    """Folder of class-agnostic mask proposals for the steps that learn from tags, one JSON file per image."""
 
-    def source(self, step: int) -> ImageSource:
+    @model_validator(mode="before")
+    @classmethod
+    def _inherit_kind(cls, tables: Any) -> Any:
+        """Give sources without a kind that of the data."""
+        if not isinstance(tables, dict):
+            return tables
+
+        def completed(source: Any) -> Any:
+            return {"kind": tables.get("kind"), **source} if isinstance(source, dict) else source
+
+        filled = {name: completed(tables[name]) for name in ("train", "val") if name in tables}
+        if isinstance(tables.get("steps"), dict):
+            filled["steps"] = {step: completed(source) for step, source in tables["steps"].items()}
+        return tables | filled
+
+    def source(self, step: int) -> FileSource:
         """Return the training source of a step, its paths joined to the root."""
         return self._rooted(self.steps.get(step, self.train))
 
     @property
-    def evaluation_source(self) -> ImageSource:
+    def evaluation_source(self) -> FileSource:
         """The evaluation source, its paths joined to the root."""
         return self._rooted(self.val)
 
-    def _rooted(self, source: ImageSource) -> ImageSource:
-        join = {name: self.root / path for name, path in source if path is not None}
-        return ImageSource(**join)
+    @property
+    def proposal_folder(self) -> Path | None:
+        """The folder of mask proposals, joined to the root."""
+        return None if self.proposals is None else self.root / self.proposals
+
+    def _rooted(self, source: FileSource) -> FileSource:
+        joined = {name: self.root / value for name, value in source if isinstance(value, Path)}
+        return source.model_copy(update=joined)
 
 
 class Plan(Settings):
@@ -129,7 +202,7 @@ class Plan(Settings):
     """Which images belong to a step: with at least one of its classes; ``disjoint`` also excludes future classes."""
     all_seen_labels: bool = False
     """Tags of old classes are given too (ASLA), not only those of the new classes."""
-    data: Annotated[ShapesData | CocoData, Field(discriminator="kind")]
+    data: Annotated[ShapesData | FileData, Field(discriminator="kind")]
     """Where images and annotations come from."""
     recipe: Recipe = Recipe()
     """How the network is built and trained."""

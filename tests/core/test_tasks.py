@@ -6,7 +6,7 @@ import pytest
 
 from cl4wsis.config import build_settings, config_folder, merge, parse_overrides
 from cl4wsis.errors import ConfigError
-from cl4wsis.tasks import ClassSplit, CocoData, Plan, ShapesData, class_color, load_plan
+from cl4wsis.tasks import ClassSplit, FileData, Plan, ShapesData, class_color, load_plan
 
 TABLES = {"name": "pets", "steps": [["cat", "dog", "owl"], ["cow"], ["bat", "elk"]], "data": {"kind": "shapes"}}
 
@@ -73,7 +73,7 @@ def test_impossible_plans_are_refused(override: str, message: str) -> None:
 def test_the_kind_of_data_chooses_its_fields() -> None:
     assert isinstance(plan("data.num_train=5").data, ShapesData)
     data = plan("data.kind=coco", "data.train.images=a", "data.val.images=b").data
-    assert isinstance(data, CocoData)
+    assert isinstance(data, FileData)
 
 
 def test_sources_are_joined_to_the_root_and_steps_may_have_their_own() -> None:
@@ -83,7 +83,7 @@ def test_sources_are_joined_to_the_root_and_steps_may_have_their_own() -> None:
         "data.val={images='/elsewhere/val', instances='val.json'}",
         "data.steps.2.images=later",
     ).data
-    assert isinstance(data, CocoData)
+    assert isinstance(data, FileData)
     assert data.source(1).images == Path("/data/train")
     assert data.source(1).tags == Path("/data/train.json")
     assert data.source(1).instances is None

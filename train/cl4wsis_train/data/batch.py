@@ -25,12 +25,16 @@ class Sample:
         image_labels: (num_classes,) float32 0/1.
         instance_ids: (H, W) int32, 0 none; None in weakly supervised steps.
         labels: (N,) int64, class of id ``i + 1``; None in weakly supervised steps.
+        void: (H, W) bool, pixels of which nobody knows what they show; None if there are none.
+        proposals: (H, W) int32, class-agnostic proposals, 0 none; None where the plan has none.
     """
 
     image: Tensor
     image_labels: Tensor
     instance_ids: Tensor | None = None
     labels: Tensor | None = None
+    void: Tensor | None = None
+    proposals: Tensor | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,12 +47,18 @@ class Batch:
             seen so far; entries of old classes are 0 unless the plan gives them.
         instance_ids: (B, H, W) int32, 0 none; None in weakly supervised steps. An id outside the crop has no pixel.
         labels: (B, N) int64, class of id ``i + 1``, -1 in unused slots; None in weakly supervised steps.
+        void: (B, H, W) bool, pixels to leave out of the supervised losses (VOC's void, COCO's crowds); no instance
+            lies there. None if there are none.
+        proposals: (B, H, W) int32, class-agnostic mask proposals that follow the augmentation, numbered as in their
+            file from 1, 0 none; in weakly supervised steps of plans that name a folder of them, None otherwise.
     """
 
     images: Tensor
     image_labels: Tensor
     instance_ids: Tensor | None = None
     labels: Tensor | None = None
+    void: Tensor | None = None
+    proposals: Tensor | None = None
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "Batch":
         """Copy every tensor to a device."""
@@ -59,7 +69,7 @@ class Batch:
         return self._map(lambda tensor: tensor.pin_memory())
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> "Batch":
-        tensors = (self.images, self.image_labels, self.instance_ids, self.labels)
+        tensors = (self.images, self.image_labels, self.instance_ids, self.labels, self.void, self.proposals)
         return Batch(*(None if tensor is None else function(tensor) for tensor in tensors))  # type: ignore[arg-type]
 
 
@@ -70,7 +80,17 @@ def collate(samples: Sequence[Sample]) -> Batch:
         image_labels=torch.stack([sample.image_labels for sample in samples]),
         instance_ids=_stack([sample.instance_ids for sample in samples]),
         labels=_pad([sample.labels for sample in samples]),
+        void=_stack_void(samples),
+        proposals=_stack([sample.proposals for sample in samples]),
     )
+
+
+def _stack_void(samples: Sequence[Sample]) -> Tensor | None:
+    """Stack what is void; an image without any has an empty mask beside those that have."""
+    if all(sample.void is None for sample in samples):
+        return None
+    nothing = torch.zeros(samples[0].image.shape[-2:], dtype=torch.bool)
+    return torch.stack([nothing if sample.void is None else sample.void for sample in samples])
 
 
 def _stack(tensors: Sequence[Tensor | None]) -> Tensor | None:

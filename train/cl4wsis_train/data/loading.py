@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from multiprocessing.context import BaseContext
+from pathlib import Path
 from typing import cast
 
 import cv2
@@ -20,7 +21,8 @@ import torch
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from cl4wsis.datasets import MaskedPicture, Picture
+from cl4wsis.datasets import VOID_ID, MaskedPicture, Picture
+from cl4wsis.proposals import read_proposals
 from cl4wsis.tasks import Plan
 from cl4wsis_train.data.batch import Batch, Sample, collate
 from cl4wsis_train.data.splits import (
@@ -31,6 +33,7 @@ from cl4wsis_train.data.splits import (
     select_weak_pictures,
 )
 from cl4wsis_train.data.transforms import Augmentation
+from cl4wsis_train.processes import num_processes
 
 _CACHE_BYTES = 512 * 2**20
 _NUM_PROBES = 16  # images whose mean size tells whether the whole set fits into the cache
@@ -45,39 +48,50 @@ class DecodedPicture:
     Attributes:
         image: (H, W, 3) uint8 RGB.
         image_labels: (num_classes,) float32 0/1.
-        instance_ids: (H, W) int32, or None without masks.
+        instance_ids: (H, W) int32 with ``VOID_ID`` where nobody knows, or None without masks.
         labels: (N,) int64, or None without masks.
+        proposals: (H, W) int32, or None without mask proposals; an image never has both masks and proposals.
     """
 
     image: NDArray[np.uint8]
     image_labels: NDArray[np.float32]
     instance_ids: NDArray[np.int32] | None = None
     labels: NDArray[np.int64] | None = None
+    proposals: NDArray[np.int32] | None = None
 
     @property
     def size_bytes(self) -> int:
         """Memory taken by the pixels."""
-        return self.image.nbytes + (0 if self.instance_ids is None else self.instance_ids.nbytes)
+        maps = (self.instance_ids, self.proposals)
+        return self.image.nbytes + sum(pixels.nbytes for pixels in maps if pixels is not None)
 
 
 class TaggedPictures(Sequence[DecodedPicture]):
-    """Decodes images and their tags; masks are never read.
+    """Decodes images, their tags and, where there are any, their mask proposals; true masks are never read.
 
     Args:
         pictures: images of the step.
         view: says which tags are visible.
+        proposals: folder of mask proposals, or None.
     """
 
-    def __init__(self, pictures: Sequence[Picture], view: StepView) -> None:
+    def __init__(self, pictures: Sequence[Picture], view: StepView, proposals: Path | None = None) -> None:
         self._pictures = pictures
         self._view = view
+        self._proposals = proposals
 
     def __len__(self) -> int:
         return len(self._pictures)
 
     def __getitem__(self, index: int) -> DecodedPicture:  # type: ignore[override]
         picture = self._pictures[index]
-        return DecodedPicture(picture.read(), self._view.image_labels(picture.tags))
+        image, labels = picture.read(), self._view.image_labels(picture.tags)
+        if self._proposals is None:
+            return DecodedPicture(image, labels)
+        height, width = image.shape[:2]
+        return DecodedPicture(
+            image, labels, proposals=read_proposals(self._proposals, picture.name, height, width).id_map()
+        )
 
 
 class MaskedPictures(Sequence[DecodedPicture]):
@@ -120,12 +134,19 @@ class StepDataset(Dataset[Sample]):
     def __getitem__(self, draw: Draw) -> Sample:
         index, seed = draw
         picture = self._pictures[index]
+        image_labels = torch.from_numpy(picture.image_labels)
+        if picture.instance_ids is None or picture.labels is None:
+            image, proposals = self._augmentation(picture.image, picture.proposals, seed)
+            return Sample(image, image_labels, proposals=proposals)
         image, instance_ids = self._augmentation(picture.image, picture.instance_ids, seed)
+        assert instance_ids is not None
+        void = instance_ids == VOID_ID
         return Sample(
             image=image,
-            image_labels=torch.from_numpy(picture.image_labels),
-            instance_ids=instance_ids,
-            labels=None if picture.labels is None else torch.from_numpy(picture.labels),
+            image_labels=image_labels,
+            instance_ids=instance_ids.clamp_(min=0),
+            labels=torch.from_numpy(picture.labels),
+            void=void if bool(void.any()) else None,
         )
 
 
@@ -135,13 +156,14 @@ class SeededSampler(Sampler[Draw]):
     Args:
         num_images: size of the data set.
         min_draws: draws of a pass at least; smaller data sets are gone through more than once.
+        multiple: a pass is cut to a multiple of this many draws; what the cut leaves out fills no batch anyway.
         generator: its seed starts a series of passes, each unlike the last; giving it another seed starts another
             series. Only the seed is looked at: how many numbers a loader draws from it depends on its workers.
     """
 
-    def __init__(self, num_images: int, min_draws: int, generator: torch.Generator) -> None:
+    def __init__(self, num_images: int, min_draws: int, generator: torch.Generator, multiple: int = 1) -> None:
         self._num_images = num_images
-        self._num_draws = max(num_images, min_draws)
+        self._num_draws = max(num_images, min_draws) // multiple * multiple
         self._generator = generator
         self._seed, self._num_passes = generator.initial_seed(), 0
 
@@ -169,7 +191,7 @@ def build_training_loader(plan: Plan, step: int, phase: PhaseName, batch_size: i
     Args:
         plan: gives data, recipe and classes.
         step: step number.
-        phase: ``base`` reads masks; ``semantic`` and ``instance`` open the tags file alone.
+        phase: ``base`` reads masks; ``semantic`` and ``instance`` open tags alone, and mask proposals if there are any.
         batch_size: images per batch in this process.
         seed: decides order and augmentation.
 
@@ -182,14 +204,15 @@ def build_training_loader(plan: Plan, step: int, phase: PhaseName, batch_size: i
     if view.mask_names:
         pictures = MaskedPictures(select_masked_pictures(plan, step, view), view)
     else:
-        pictures = TaggedPictures(select_weak_pictures(plan, step, view), view)
+        pictures = TaggedPictures(select_weak_pictures(plan, step, view), view, plan.data.proposal_folder)
     recipe = plan.recipe
     dataset = StepDataset(_decode_if_small(pictures), Augmentation(recipe.crop_size, recipe.crop_area))
     generator = torch.Generator().manual_seed(seed)
+    global_batch_size = batch_size * num_processes()
     loader = DataLoader(
         dataset,
         batch_size=batch_size,
-        sampler=SeededSampler(len(pictures), batch_size * _num_processes(), generator),
+        sampler=SeededSampler(len(pictures), global_batch_size, generator, global_batch_size),
         num_workers=recipe.num_workers,
         collate_fn=collate,
         pin_memory=torch.cuda.is_available(),
@@ -224,8 +247,3 @@ def _decode_if_small(pictures: Sequence[DecodedPicture]) -> Sequence[DecodedPict
         return pictures
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         return list(pool.map(pictures.__getitem__, range(len(pictures))))
-
-
-def _num_processes() -> int:
-    is_distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-    return torch.distributed.get_world_size() if is_distributed else 1

@@ -10,7 +10,9 @@ from torch import Tensor
 from cl4wsis_train.losses.inputs import check_shape, full_precision
 
 
-def semantic_bce_loss(logits: Tensor, target: Tensor) -> Tensor:
+def semantic_bce_loss(
+    logits: Tensor, target: Tensor, void: Tensor | None = None, count: Tensor | None = None
+) -> Tensor:
     """Binary cross-entropy of every class against background and all others: mean_pixels sum_c BCE(S_c, G_c).
 
     One term serves as segmentation loss (hard or smoothed targets) and as distillation (the previous network's
@@ -19,9 +21,12 @@ def semantic_bce_loss(logits: Tensor, target: Tensor) -> Tensor:
     Args:
         logits: (B, C, h, w), raw.
         target: (B, C, h, w), probabilities in [0, 1]; no gradient flows into them.
+        void: (B, h, w) bool, pixels that count neither in the sum nor in the mean; all count when not given.
+        count: pixels to divide by where some are void: with several processes the mean of their numbers. Those of
+            this batch when not given.
 
     Returns:
-        Scalar; summed over classes, mean over images and pixels.
+        Scalar; summed over classes, mean over images and pixels; 0 if every pixel is void.
 
     Raises:
         ValueError: the shapes differ.
@@ -30,8 +35,12 @@ def semantic_bce_loss(logits: Tensor, target: Tensor) -> Tensor:
     """
     check_shape("target", target, tuple(logits.shape))
     logits = full_precision(logits)
-    losses = F.binary_cross_entropy_with_logits(logits, target.detach().to(logits.dtype), reduction="none")
-    return losses.sum(dim=1).mean()
+    losses = F.binary_cross_entropy_with_logits(logits, target.detach().to(logits.dtype), reduction="none").sum(dim=1)
+    if void is None:
+        return losses.mean()
+    check_shape("void", void, tuple(losses.shape))
+    count = (~void).sum() if count is None else count
+    return losses.masked_fill(void, 0).sum() / count.clamp(min=1)
 
 
 def classification_loss(pooled: Tensor, image_labels: Tensor) -> Tensor:

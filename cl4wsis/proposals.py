@@ -1,0 +1,113 @@
+"""Class-agnostic mask proposals: what some other model took for an object, one JSON file per image.
+
+A file is a list of ``{"segmentation": ..., "score": ...}`` with masks in any COCO form (compressed RLE, as promptable
+segmenters write it, uncompressed RLE, or polygons), in pixels of the upright image. Further fields are ignored; where
+``score`` is missing, ``predicted_iou`` stands in. The file of ``train/a.jpg`` is ``train/a.json`` below the folder of
+proposals, or ``a.json`` there. An image in which nothing was proposed has a file with an empty list.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import AliasChoices, BaseModel, Field, TypeAdapter, ValidationError
+
+from cl4wsis.errors import DataError
+from cl4wsis.masks import mask_from_segmentation, rle_from_masks
+
+
+class _Proposal(BaseModel):
+    segmentation: Any
+    score: float = Field(validation_alias=AliasChoices("score", "predicted_iou"), allow_inf_nan=False)
+
+
+_PROPOSALS = TypeAdapter(list[_Proposal])
+
+
+@dataclass(frozen=True, eq=False)
+class Proposals:
+    """The proposals of one image, which may overlap.
+
+    Attributes:
+        height: of the image, px.
+        width: of the image, px.
+        rles: (N,) COCO compressed RLE.
+        scores: (N,) float32.
+    """
+
+    height: int
+    width: int
+    rles: Sequence[dict[str, Any]]
+    scores: NDArray[np.float32]
+
+    def __len__(self) -> int:
+        return len(self.rles)
+
+    def masks(self) -> NDArray[np.bool_]:
+        """Decode all masks: (N, H, W) bool. This takes N full images; ``id_map`` takes one."""
+        masks = np.zeros((len(self), self.height, self.width), np.bool_)
+        for index, rle in enumerate(self.rles):
+            masks[index] = mask_from_segmentation(rle, self.height, self.width)
+        return masks
+
+    def id_map(self) -> NDArray[np.int32]:
+        """Draw the proposals into one map: (H, W) int32, 0 none, ``i + 1`` the i-th proposal.
+
+        Where proposals overlap, the smaller one lies in front; of equal ones, that of higher score, then the first.
+        """
+        masks = [mask_from_segmentation(rle, self.height, self.width) for rle in self.rles]
+        areas = [int(mask.sum()) for mask in masks]
+        ids = np.zeros((self.height, self.width), np.int32)
+        for index in sorted(range(len(masks)), key=lambda row: (-areas[row], self.scores[row], -row)):
+            ids[masks[index]] = index + 1
+        return ids
+
+
+def proposal_file(folder: Path, name: str) -> Path:
+    """Return the file that holds the proposals of an image.
+
+    Args:
+        folder: of the proposals.
+        name: of the image, relative to the folder of its source.
+    """
+    relative = PurePosixPath(name)
+    relative = relative.with_suffix(".json") if relative.suffix else relative.with_name(f"{relative.name}.json")
+    path = folder / relative
+    return folder / relative.name if not path.exists() and (folder / relative.name).exists() else path
+
+
+def read_proposals(folder: Path, name: str, height: int, width: int) -> Proposals:
+    """Read the proposals of an image.
+
+    Args:
+        folder: of the proposals.
+        name: of the image, relative to the folder of its source.
+        height: of the image, px.
+        width: of the image, px.
+
+    Raises:
+        DataError: the file is missing or of another form, or a mask cannot be decoded or has another size.
+    """
+    path = proposal_file(folder, name)
+    try:
+        found = _PROPOSALS.validate_json(path.read_bytes())
+    except OSError as error:
+        raise DataError(
+            f"{path}: cannot be read: {error.strerror or error}; an image without proposals needs a file with []"
+        ) from error
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        expected = 'expected a list of {"segmentation": ..., "score": ...}'
+        raise DataError(f"{path}: {where}{': ' if where else ''}{first['msg']}; {expected}") from error
+    rles = []
+    for index, proposal in enumerate(found):
+        try:
+            mask = mask_from_segmentation(proposal.segmentation, height, width)
+        except (ValueError, TypeError, KeyError) as error:
+            raise DataError(f"{path}: proposal {index}: {error}") from error
+        rles += rle_from_masks(mask[None])
+    return Proposals(height, width, rles, np.array([proposal.score for proposal in found], dtype=np.float32))
