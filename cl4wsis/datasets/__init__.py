@@ -12,7 +12,7 @@ A file name is relative to the folder ``images`` of its source. A name that begi
 (``train/a.jpg`` with ``images/train``) is found as well.
 """
 
-from cl4wsis.datasets.checks import DataReport, StepSummary, check_plan, check_sources
+from cl4wsis.datasets.checks import DataReport, Finding, StepSummary, check_plan, check_sources
 from cl4wsis.datasets.coco import AnnotatedImage, read_instances
 from cl4wsis.datasets.indexed import VOC_CLASSES
 from cl4wsis.datasets.pictures import (
@@ -34,6 +34,7 @@ __all__ = [
     "DataReport",
     "EvaluationSample",
     "EvaluationSet",
+    "Finding",
     "MaskedPicture",
     "PhaseName",
     "Picture",
