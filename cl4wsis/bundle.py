@@ -21,9 +21,9 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any, BinaryIO, Literal
+from typing import Annotated, Any, BinaryIO, Literal
 
-from pydantic import Field, ValidationError, field_validator
+from pydantic import AfterValidator, Field, ValidationError
 
 from cl4wsis.checks import Limits, VariantCheck
 from cl4wsis.config import Settings
@@ -95,10 +95,21 @@ class Verification(Settings):
     """Versions of what was compared."""
 
 
+def _check_path(name: str) -> str:
+    path = PurePosixPath(name)
+    if path.is_absolute() or ".." in path.parts or "\\" in name:
+        raise ValueError(f"'{name}' leads out of the bundle")
+    return name
+
+
+PathInBundle = Annotated[str, AfterValidator(_check_path)]
+"""Path of a file relative to the bundle's folder, with ``/``."""
+
+
 class VariantInfo(Settings):
     """One graph of a bundle."""
 
-    file: str
+    file: PathInBundle
     """Path within the bundle."""
     precision: Precision
     post: Post
@@ -107,7 +118,7 @@ class VariantInfo(Settings):
     """SHA-256 of the ``model.onnx`` it was made from; its own if it is that file."""
     calibration: tuple[str, ...] = ()
     """SHA-256 of the pixels of each calibration image, as given to the graph; for ``int8`` alone."""
-    weights_file: str | None = None
+    weights_file: PathInBundle | None = None
     """File beside it that holds its weights; none if it holds them itself."""
     weights_sha256: str | None = None
     """SHA-256 of that file."""
@@ -118,16 +129,16 @@ class VariantInfo(Settings):
 class GoldenCase(Settings):
     """An input of the graph with the output expected for it."""
 
-    image: str
+    image: PathInBundle
     """PNG file of the network's input size, RGB."""
-    outputs: str
+    outputs: PathInBundle
     """NPZ file, one array per output of the graph, without the batch axis."""
 
 
 class EngineInfo(Settings):
     """An engine built from the graph; a cache, only of use where it fits."""
 
-    file: str
+    file: PathInBundle
     runtime: str
     """``tensorrt-rtx`` with its version."""
     compute_capabilities: tuple[str, ...]
@@ -146,7 +157,7 @@ class Manifest(Settings):
     plan: str
     """Name of the plan it was trained by."""
     step: int
-    classes: tuple[ClassInfo, ...]
+    classes: tuple[ClassInfo, ...] = Field(min_length=1)
     """All classes of the model, in label order."""
     input: InputRule
     """Images are fitted into ``size``, padded with the mean and given as uint8 RGB; the graph normalises."""
@@ -179,17 +190,8 @@ class Manifest(Settings):
     """Results of ``cl4wsis verify``, on whatever machines it was run."""
     golden: tuple[GoldenCase, ...] = ()
     engines: tuple[EngineInfo, ...] = ()
-    files: dict[str, str] = Field(default_factory=dict)
+    files: dict[PathInBundle, str] = Field(default_factory=dict)
     """SHA-256 of every file of the bundle but the manifest, by path within it."""
-
-    @field_validator("files")
-    @classmethod
-    def _check_paths(cls, files: dict[str, str]) -> dict[str, str]:
-        for name in files:
-            path = PurePosixPath(name)
-            if path.is_absolute() or ".." in path.parts or "\\" in name:
-                raise ValueError(f"'{name}' leads out of the bundle")
-        return files
 
 
 @dataclass(frozen=True)
@@ -408,11 +410,30 @@ def _build_manifest(content: Any, source: str) -> Manifest:
             "update cl4wsis, or export the step again with this version"
         )
     try:
-        return Manifest.model_validate(content)
+        manifest = Manifest.model_validate(content)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
         raise BundleError(f"{source}: cannot be understood: {where}: {first['msg']}; export the step again") from error
+    _check_sizes(manifest, source)
+    return manifest
+
+
+def _check_sizes(manifest: Manifest, source: str) -> None:
+    """Check that tensors have the sizes that input rule, grouping and classes ask for."""
+    size, classes = manifest.input.size, len(manifest.classes)
+    expected: dict[str, tuple[dict[int, int], str]] = {
+        "images": ({1: size[0], 2: size[1]}, f"its input rule says {size} (height, width)"),
+        "instance_ids": ({1: size[0], 2: size[1]}, f"its input rule says {size} (height, width)"),
+        "labels": ({1: manifest.grouping.max_instances}, f"max_instances is {manifest.grouping.max_instances}"),
+        "semantic_logits": ({1: classes + 1}, f"it names {classes} classes"),
+        "center_heatmap": ({1: classes}, f"it names {classes} classes"),
+    }
+    for tensor in (*manifest.inputs, *manifest.outputs, *manifest.maps):
+        sides, reason = expected.get(tensor.name, ({}, ""))
+        if any(axis < len(tensor.shape) and tensor.shape[axis] != side for axis, side in sides.items()):
+            shape = ", ".join(str(side) for side in tensor.shape)
+            raise BundleError(f"{source}: '{tensor.name}' has shape ({shape}), but {reason}; export the step again")
 
 
 def _open_lone_graph(path: Path) -> Bundle:
