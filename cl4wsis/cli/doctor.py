@@ -64,7 +64,7 @@ def _examine() -> dict[str, Any]:
         "packages": versions,
         "parts": {extra: _why_missing(extra) for extra in _PARTS},
         "onnxruntime_providers": _providers(),
-        "gpus": _gpus(),
+        "gpus": gpu_names(),
         "backends": _backends(),
         "problems": [*_wheel_problems(versions), *_opencv_problems()],
     }
@@ -102,7 +102,7 @@ def _backends() -> dict[str, str | None]:
     return backend_status()
 
 
-def _gpus() -> list[str]:
+def gpu_names() -> list[str]:
     """List NVIDIA GPUs with driver versions as the driver's own tool tells them; none where it is missing."""
     tool = shutil.which("nvidia-smi")
     if tool is None:
