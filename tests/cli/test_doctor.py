@@ -68,7 +68,7 @@ def test_gpus_are_those_the_driver_lists(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(shutil, "which", lambda name: f"/usr/bin/{name}")
     listing = subprocess.CompletedProcess([], 0, stdout="NVIDIA A100, 555.1\nNVIDIA A100, 555.1\n")
     monkeypatch.setattr(subprocess, "run", lambda *args, **kwargs: listing)
-    assert doctor_command._gpus() == ["NVIDIA A100, 555.1", "NVIDIA A100, 555.1"]
+    assert doctor_command.gpu_names() == ["NVIDIA A100, 555.1", "NVIDIA A100, 555.1"]
 
 
 def test_driver_that_fails_means_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -77,4 +77,4 @@ def test_driver_that_fails_means_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None
 
     monkeypatch.setattr(shutil, "which", lambda name: f"/usr/bin/{name}")
     monkeypatch.setattr(subprocess, "run", fail)
-    assert doctor_command._gpus() == []
+    assert doctor_command.gpu_names() == []
