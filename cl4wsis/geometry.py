@@ -143,7 +143,8 @@ def restore_instances(instances: Instances, transform: FitTransform) -> Instance
         transform: that of the image.
     """
     restored = Instances.from_ids(transform.restore_ids(instances.instance_ids), instances.labels, instances.scores)
-    return restored.select(restored.areas > 0)
+    visible = restored.boxes[:, 2] > 0
+    return restored if visible.all() else restored.select(visible)
 
 
 def _resize(image: NDArray[np.uint8], size: tuple[int, int]) -> NDArray[np.uint8]:
@@ -158,7 +159,9 @@ def _resize(image: NDArray[np.uint8], size: tuple[int, int]) -> NDArray[np.uint8
 
 def _sample(values: NDArray[Any], source: tuple[int, int], target: tuple[int, int]) -> NDArray[Any]:
     """Resample a map to the target size, each pixel reading the one its center falls into."""
+    if source == target:
+        return values
     rows, columns = (
         (2 * np.arange(new, dtype=np.int64) + 1) * old // (2 * new) for old, new in zip(source, target, strict=True)
     )
-    return values[rows[:, None], columns[None, :]]
+    return values[rows].take(columns, axis=1)

@@ -51,10 +51,11 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from cl4wsis.config import Settings
-from cl4wsis.instances import Instances, boxes_from_ids
+from cl4wsis.enlarge import EnlargedMap, FloatMap, argmax_channels, classify_enlarged, enlarged_argmax
+from cl4wsis.instances import Instances
 from cl4wsis.paper_grouping import group_as_published
+from cl4wsis.runs import Runs, areas_of_runs, boxes_of_runs, find_runs
 
-FloatMap = NDArray[np.float32]
 _FAST_STRIDE = 4
 
 
@@ -85,21 +86,21 @@ class GroupingSpec(Settings):
 
 @dataclass(frozen=True, eq=False)
 class _Regions:
-    """Connected parts of one class; row 0 is "no region".
+    """Connected parts of one class; row 0 is background.
 
     Attributes:
-        pixels: (P,) flat indices of the foreground, ascending.
-        of_pixel: (P,) int32, region of each of them, 1..R.
-        classes: (R + 1,) class-map value of each region.
-        kept: (R + 1,) bool, large enough.
         id_map: (h, w) int32, region of every grid pixel.
+        runs: (h, w) row runs of the regions.
+        classes: (R + 1,) class-map value of each region.
+        boxes: (R + 1, 4) left, top, width, height.
+        kept: (R + 1,) bool, large enough.
     """
 
-    pixels: NDArray[np.int64]
-    of_pixel: NDArray[np.int32]
-    classes: NDArray[np.int64]
-    kept: NDArray[np.bool_]
     id_map: NDArray[np.int32]
+    runs: Runs
+    classes: NDArray[np.int64]
+    boxes: NDArray[np.int32]
+    kept: NDArray[np.bool_]
 
 
 @dataclass(frozen=True, eq=False)
@@ -137,41 +138,80 @@ def group_instances(
     """
     probs, heatmap, offsets = _checked_maps(semantic_probs, center_heatmap, offset_map)
     class_map, class_probs = argmax_channels(probs)
+    full_class_map = enlarged_argmax(probs, _FAST_STRIDE) if spec.profile == "fast" else class_map
+    return _group(class_map, class_probs, full_class_map, EnlargedMap(heatmap), EnlargedMap(offsets), spec)
+
+
+def group_maps(
+    semantic_logits: NDArray[Any],
+    center_heatmap: NDArray[Any],
+    offset_map: NDArray[Any],
+    input_size: tuple[int, int],
+    spec: GroupingSpec,
+) -> Instances:
+    """Group what the network says about one image, at whatever resolution it says it.
+
+    The answer is that of bringing the maps to the grid of the profile (bilinearly, half-pixel centers), taking the
+    softmax over classes and calling :func:`group_instances`; ``paper`` runs at network-input resolution. Values are
+    computed only where they matter: class probabilities in and around the foreground, heatmaps where they exceed the
+    threshold, offsets where a region has several centers.
+
+    Args:
+        semantic_logits: (C, h, w) raw, channel 0 is background.
+        center_heatmap: (C - 1, h', w') raw values.
+        offset_map: (2, h', w'), center minus pixel, (dy, dx), in pixels of the network input.
+        input_size: (H, W) of the network input, px; a multiple of the sides of the maps.
+        spec: thresholds and lengths.
+
+    Returns:
+        Instances on (H, W).
+
+    Raises:
+        ValueError: the maps do not fit together, or do not divide the grid of the profile.
+    """
+    logits, heatmap, offsets = (np.asarray(a, np.float32) for a in (semantic_logits, center_heatmap, offset_map))
+    _check_raw_maps(logits, heatmap, offsets)
+    grid = (input_size[0] // spec.stride, input_size[1] // spec.stride)
+    logit_scale = _scale_to(grid, logits, "semantic_logits")
+    centers = EnlargedMap(heatmap, _scale_to(grid, heatmap, "center_heatmap"))
+    directions = EnlargedMap(offsets, _scale_to(grid, offsets, "offset_map"))
+    if spec.profile == "fast":
+        probs = _softmax(EnlargedMap(logits, logit_scale).full())
+        class_map, class_probs = argmax_channels(probs)
+        return _group(class_map, class_probs, enlarged_argmax(probs, spec.stride), centers, directions, spec)
+    class_map, class_probs = classify_enlarged(logits, logit_scale)
+    return _group(class_map, class_probs, class_map, centers, directions, spec)
+
+
+def _group(
+    class_map: NDArray[Any],
+    class_probs: FloatMap,
+    full_class_map: NDArray[Any],
+    heatmap: EnlargedMap,
+    offsets: EnlargedMap,
+    spec: GroupingSpec,
+) -> Instances:
+    """Steps 2 to 9; ``class_probs`` needs to hold only where there is a class."""
     if spec.profile == "paper":
         return group_as_published(
-            class_map, class_probs, heatmap, offsets, spec.center_threshold, spec.nms_kernel_size, spec.min_area
+            class_map,
+            class_probs,
+            heatmap.full(),
+            offsets.full(),
+            spec.center_threshold,
+            spec.nms_kernel_size,
+            spec.min_area,
         )
     regions = _find_regions(class_map, smallest=-(-spec.min_area // spec.stride**2))
     centers = _find_centers(regions, class_map, heatmap, spec)
-    ids = _assign_pixels(regions, centers, offsets, spec.stride)  # (P,)
-    scores = _score_centers(ids, class_probs.reshape(-1)[regions.pixels], centers)
+    id_map = _assign_pixels(regions, centers, offsets, spec.stride)  # (h, w)
+    runs = find_runs(id_map)
+    scores = _score_centers(runs, class_probs, centers)
     labels = regions.classes[centers.regions] - 1
-    id_map = np.zeros(class_map.shape, np.uint8)
-    id_map.reshape(-1)[regions.pixels] = ids
     if spec.profile == "fast":
-        id_map = _full_size_ids(id_map, labels, _full_size_class_map(probs, class_map))
-    return _drop_small(id_map, labels, scores, spec.min_area)
-
-
-def argmax_channels(values: FloatMap) -> tuple[NDArray[Any], FloatMap]:
-    """Find the largest channel of every pixel in one pass over the memory; the lowest channel wins a tie.
-
-    Args:
-        values: (C, ...).
-
-    Returns:
-        The channel, (...) uint8 (uint16 for more than 256 channels), and its value.
-    """
-    largest = values[0].copy()
-    channels = np.zeros(largest.shape, np.uint8 if len(values) <= 256 else np.uint16)
-    is_larger = np.empty(largest.shape, bool)
-    candidate = np.empty_like(channels)
-    for channel in range(1, len(values)):
-        np.greater(values[channel], largest, out=is_larger)
-        np.maximum(values[channel], largest, out=largest)
-        np.multiply(is_larger, channels.dtype.type(channel), out=candidate)
-        np.maximum(channels, candidate, out=channels)
-    return channels, largest
+        id_map = _full_size_ids(id_map, labels, full_class_map)
+        runs = find_runs(id_map)
+    return _drop_small(runs, full_class_map.shape, labels, scores, spec.min_area)
 
 
 def _checked_maps(
@@ -192,24 +232,56 @@ def _checked_maps(
     return probs, heatmap, offsets
 
 
+def _check_raw_maps(logits: FloatMap, heatmap: FloatMap, offsets: FloatMap) -> None:
+    if logits.ndim != 3 or len(logits) < 2 or logits.size == 0:
+        raise ValueError(f"semantic_logits must be (C, h, w) of one image with C >= 2 channels, found {logits.shape}")
+    expected = {"center_heatmap": len(logits) - 1, "offset_map": 2}
+    for (name, channels), found in zip(expected.items(), (heatmap.shape, offsets.shape), strict=True):
+        if len(found) != 3 or found[0] != channels:
+            raise ValueError(
+                f"{name} must be ({channels}, h, w) beside {len(logits)} channels of semantic_logits, found {found}"
+            )
+
+
+def _scale_to(grid: tuple[int, int], values: FloatMap, name: str) -> int:
+    """Return the factor between a map and the grid."""
+    height, width = values.shape[1:]
+    scale = grid[0] // height if height else 0
+    if scale < 1 or (height * scale, width * scale) != grid:
+        raise ValueError(
+            f"{name} of size {(height, width)} cannot be enlarged to the grid {grid} (height, width) by a whole factor"
+        )
+    return scale
+
+
+def _softmax(logits: FloatMap) -> FloatMap:
+    """Return probabilities over the first axis, (C, h, w)."""
+    exponentials = np.exp(logits - logits.max(axis=0))
+    exponentials /= exponentials.sum(axis=0)
+    return exponentials
+
+
 def _find_regions(class_map: NDArray[Any], smallest: int) -> _Regions:
     import cv2
 
     id_map = np.zeros(class_map.shape, np.int32)
-    classes = [np.zeros(1, np.int64)]
+    classes, all_stats = [np.zeros(1, np.int64)], [np.zeros((1, 5), np.int32)]
     count = 0
     for value in _present_classes(class_map):
         mask = class_map == value
         box = _bounding_box(mask)
-        found, part_ids = cv2.connectedComponents(mask[box].view(np.uint8), connectivity=8, ltype=cv2.CV_32S)
-        np.add(part_ids, count, out=id_map[box], where=mask[box])
+        inside = mask[box]
+        found, part_ids, stats, _ = cv2.connectedComponentsWithStats(
+            inside.view(np.uint8), connectivity=8, ltype=cv2.CV_32S
+        )
+        np.add(part_ids, count, out=id_map[box], where=inside)
         classes.append(np.full(found - 1, value))
+        all_stats.append(stats[1:] + np.array([box[1].start, box[0].start, 0, 0, 0], np.int32))
         count += found - 1
-    pixels = np.flatnonzero(class_map != 0)
-    of_pixel = id_map.reshape(-1)[pixels]
-    kept = np.bincount(of_pixel, minlength=count + 1) >= smallest
+    stats = np.concatenate(all_stats)
+    kept = stats[:, cv2.CC_STAT_AREA] >= smallest
     kept[0] = False
-    return _Regions(pixels, of_pixel, np.concatenate(classes), kept, id_map)
+    return _Regions(id_map, find_runs(id_map), np.concatenate(classes), stats[:, :4], kept)
 
 
 def _present_classes(class_map: NDArray[Any]) -> list[int]:
@@ -224,19 +296,16 @@ def _bounding_box(mask: NDArray[np.bool_]) -> tuple[slice, slice]:
     return slice(top, top + height), slice(left, left + width)
 
 
-def _find_centers(regions: _Regions, class_map: NDArray[Any], heatmap: FloatMap, spec: GroupingSpec) -> _Centers:
+def _find_centers(regions: _Regions, class_map: NDArray[Any], heatmap: EnlargedMap, spec: GroupingSpec) -> _Centers:
     """Peaks and pseudo-centers of the kept regions in priority order, cut to the first ``max_instances``."""
-    peaks = [
-        find_peaks(heatmap[value - 1], class_map == value, spec.center_threshold, spec.window_size)
-        for value in _present_classes(class_map)
-    ]
-    pixels = np.concatenate([np.zeros(0, np.int64), *peaks])
+    pixels, values = _find_all_peaks(class_map, np.unique(regions.classes[1:]).tolist(), heatmap, spec)
     of_peak = regions.id_map.reshape(-1)[pixels]
-    pixels, of_peak = pixels[regions.kept[of_peak]], of_peak[regions.kept[of_peak]]
-    values = heatmap.reshape(len(heatmap), -1)[regions.classes[of_peak] - 1, pixels]
+    in_kept = regions.kept[of_peak]
+    pixels, values, of_peak = pixels[in_kept], values[in_kept], of_peak[in_kept]
 
     last_pixel = np.zeros(len(regions.classes), np.int64)
-    last_pixel[regions.of_pixel] = regions.pixels  # ascending: the highest index of a region is written last
+    # In reading order: the last run of a region is written last.
+    last_pixel[regions.runs.values] = regions.runs.starts + regions.runs.lengths - 1
     without_peak = regions.kept.copy()
     without_peak[of_peak] = False
     lonely = np.flatnonzero(without_peak).astype(np.int32)
@@ -249,6 +318,22 @@ def _find_centers(regions: _Regions, class_map: NDArray[Any], heatmap: FloatMap,
         regions=np.concatenate([of_peak[by_value], lonely[by_index]])[keep],
         factors=np.concatenate([values[by_value], np.ones(len(lonely), np.float32)])[keep],
     )
+
+
+def _find_all_peaks(
+    class_map: NDArray[Any], present: list[int], heatmap: EnlargedMap, spec: GroupingSpec
+) -> tuple[NDArray[np.int64], FloatMap]:
+    """Return flat index and value of the peaks of all classes."""
+    pixels, values = [np.zeros(0, np.int64)], [np.zeros(0, np.float32)]
+    for value in present:
+        box = heatmap.box_above(value - 1, spec.center_threshold)
+        if box is not None:
+            crop = heatmap.crop(value - 1, box)
+            found = find_peaks(crop, class_map[box] == value, spec.center_threshold, spec.window_size)
+            rows, columns = np.divmod(found, crop.shape[1])
+            pixels.append((rows + box[0].start) * class_map.shape[1] + columns + box[1].start)
+            values.append(crop[rows, columns])
+    return np.concatenate(pixels), np.concatenate(values)
 
 
 def find_peaks(values: FloatMap, mask: NDArray[np.bool_], threshold: float, window_size: int) -> NDArray[np.int64]:
@@ -282,32 +367,35 @@ def find_peaks(values: FloatMap, mask: NDArray[np.bool_], threshold: float, wind
     return flat
 
 
-def _assign_pixels(regions: _Regions, centers: _Centers, offset_map: FloatMap, stride: int) -> NDArray[np.uint8]:
-    """Give every foreground pixel the id (priority + 1) of its center; 0 where its region has none."""
+def _assign_pixels(regions: _Regions, centers: _Centers, offsets: EnlargedMap, stride: int) -> NDArray[np.uint8]:
+    """Give every pixel of a region the id (priority + 1) of its center; 0 where its region has none: (h, w)."""
     ids_of_centers = np.arange(1, len(centers.pixels) + 1, dtype=np.uint8)
     first_id = np.zeros(len(regions.classes), np.uint8)
     first_id[centers.regions[::-1]] = ids_of_centers[::-1]
-    ids = first_id[regions.of_pixel]
+    id_map = regions.runs.paint(first_id[regions.runs.values], regions.id_map.shape)
 
     shared = np.flatnonzero(np.bincount(centers.regions, minlength=len(regions.classes)) > 1)
-    slot = np.zeros(len(regions.classes), np.uint8)  # at most 127 regions share 255 centers
-    slot[shared] = np.arange(1, len(shared) + 1)
-    slot_of_pixel = slot[regions.of_pixel]
-    members = np.flatnonzero(slot_of_pixel)
-    members = members[np.argsort(slot_of_pixel[members], kind="stable")]  # region after region
-    ends = np.cumsum(np.bincount(slot_of_pixel[members], minlength=len(shared) + 1))
-
-    height, width = offset_map.shape[1:]
-    offsets = offset_map / np.float32(stride)
-    flat = regions.pixels[members]
-    target_y = (offsets[0] + np.arange(height, dtype=np.float32)[:, None]).reshape(-1)[flat]
-    target_x = (offsets[1] + np.arange(width, dtype=np.float32)).reshape(-1)[flat]
-    for number, region in enumerate(shared):
-        part = slice(ends[number], ends[number + 1])
+    for region in shared.tolist():  # at most 127 regions share 255 centers
+        left, top, width, height = regions.boxes[region].tolist()
+        box = (slice(top, top + height), slice(left, left + width))
+        inside = regions.id_map[box] == region
+        target_y, target_x = _targets(offsets, box, inside, stride)
         choices = np.flatnonzero(centers.regions == region)
-        nearest = nearest_center(target_y[part], target_x[part], *np.divmod(centers.pixels[choices], width))
-        ids[members[part]] = ids_of_centers[choices][nearest]
-    return ids
+        center_y, center_x = np.divmod(centers.pixels[choices], id_map.shape[1])
+        nearest = nearest_center(target_y, target_x, center_y, center_x)
+        id_map[box][inside] = ids_of_centers[choices][nearest]
+    return id_map
+
+
+def _targets(
+    offsets: EnlargedMap, box: tuple[slice, slice], inside: NDArray[np.bool_], stride: int
+) -> tuple[FloatMap, FloatMap]:
+    """Return where the pixels inside a region point, in pixels of the grid: (P,) rows and (P,) columns."""
+    rows = np.arange(box[0].start, box[0].stop, dtype=np.float32)[:, None]
+    columns = np.arange(box[1].start, box[1].stop, dtype=np.float32)
+    target_y = (offsets.crop(0, box) / np.float32(stride) + rows)[inside]
+    target_x = (offsets.crop(1, box) / np.float32(stride) + columns)[inside]
+    return target_y, target_x
 
 
 def nearest_center(
@@ -340,44 +428,13 @@ def nearest_center(
     return nearest
 
 
-def _score_centers(ids: NDArray[np.uint8], class_probs: FloatMap, centers: _Centers) -> FloatMap:
+def _score_centers(runs: Runs, class_probs: FloatMap, centers: _Centers) -> FloatMap:
     count = len(centers.pixels)
-    areas = np.bincount(ids, minlength=count + 1)[1:]
-    mass = np.bincount(ids, weights=class_probs, minlength=count + 1)[1:]
+    areas = areas_of_runs(runs, count)
+    mass_of_run = np.add.reduceat(class_probs.reshape(-1), runs.starts)
+    mass = np.bincount(runs.values, weights=mass_of_run, minlength=count + 1)[1:]
     scores: FloatMap = (centers.factors * (mass / np.maximum(areas, 1))).astype(np.float32)
     return scores
-
-
-def _full_size_class_map(semantic_probs: FloatMap, class_map: NDArray[Any]) -> NDArray[Any]:
-    """Argmax of the probabilities upsampled bilinearly by 4 (half-pixel centers).
-
-    Between four grid pixels of one class every interpolated pixel has that class, so probabilities are interpolated
-    only where the four differ.
-
-    Args:
-        semantic_probs: (C, h, w).
-        class_map: (h, w), their argmax.
-
-    Returns:
-        (4h, 4w).
-    """
-    height, width = class_map.shape
-    padded = np.pad(class_map, 1, mode="edge")
-    corner = padded[:-1, :-1]  # (h + 1, w + 1) squares between grid pixels, half of the outer ones beyond the border
-    mixed = (padded[:-1, 1:] != corner) | (padded[1:, :-1] != corner) | (padded[1:, 1:] != corner)
-    tiles = np.empty((height + 1, 4, width + 1, 4), class_map.dtype)
-    tiles[:] = corner[:, None, :, None]
-    rows, columns = np.nonzero(mixed)
-    top, bottom = np.maximum(rows - 1, 0) * width, np.minimum(rows, height - 1) * width
-    left, right = np.maximum(columns - 1, 0), np.minimum(columns, width - 1)
-    flat_probs = semantic_probs.reshape(len(semantic_probs), -1, 1)
-    far = np.array([0.125, 0.375, 0.625, 0.875], np.float32)
-    near = far[::-1]
-    upper = flat_probs.take(top + left, axis=1) * near + flat_probs.take(top + right, axis=1) * far  # (C, M, 4)
-    lower = flat_probs.take(bottom + left, axis=1) * near + flat_probs.take(bottom + right, axis=1) * far
-    probs = upper[:, :, None] * near[:, None] + lower[:, :, None] * far[:, None]  # (C, M, 4, 4)
-    tiles[rows, :, columns, :] = argmax_channels(probs.astype(np.float32, copy=False))[0]
-    return tiles.reshape(4 * (height + 1), 4 * (width + 1))[2:-2, 2:-2]
 
 
 def _full_size_ids(
@@ -396,9 +453,17 @@ def _full_size_ids(
     return kept
 
 
-def _drop_small(id_map: NDArray[np.uint8], labels: NDArray[np.int64], scores: FloatMap, min_area: int) -> Instances:
-    kept = np.flatnonzero(np.bincount(id_map.reshape(-1), minlength=len(labels) + 1)[1:] >= max(min_area, 1))
+def _drop_small(
+    runs: Runs, size: tuple[int, int], labels: NDArray[np.int64], scores: FloatMap, min_area: int
+) -> Instances:
+    """Leave out small instances, close up the ids and measure the boxes."""
+    kept = np.flatnonzero(areas_of_runs(runs, len(labels)) >= max(min_area, 1))
     new_ids = np.zeros(len(labels) + 1, np.int32)
     new_ids[kept + 1] = np.arange(1, len(kept) + 1)
-    instance_ids = new_ids[id_map]
-    return Instances(instance_ids, labels[kept].astype(np.int32), scores[kept], boxes_from_ids(instance_ids, len(kept)))
+    new_runs = runs._replace(values=new_ids[runs.values])
+    return Instances(
+        instance_ids=new_runs.paint(new_runs.values, size),
+        labels=labels[kept].astype(np.int32),
+        scores=scores[kept],
+        boxes=boxes_of_runs(new_runs, size[1], len(kept)),
+    )

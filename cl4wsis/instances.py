@@ -7,6 +7,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from cl4wsis.runs import boxes_of_runs, find_runs
+
 
 @dataclass(frozen=True, eq=False)
 class Instances:
@@ -124,7 +126,7 @@ class Instances:
 
 
 def boxes_from_ids(instance_ids: NDArray[Any], count: int) -> NDArray[np.float32]:
-    """Measure the boxes of an id map in one pass over its foreground.
+    """Measure the boxes of an id map.
 
     Args:
         instance_ids: (H, W), 0..count.
@@ -133,15 +135,4 @@ def boxes_from_ids(instance_ids: NDArray[Any], count: int) -> NDArray[np.float32
     Returns:
         (N, 4) float32 xyxy; zeros where an id does not occur.
     """
-    height, width = instance_ids.shape
-    rows, columns = np.nonzero(instance_ids)
-    ids = instance_ids[rows, columns]
-    top, left = np.full(count + 1, height), np.full(count + 1, width)
-    bottom, right = np.zeros(count + 1, np.int64), np.zeros(count + 1, np.int64)
-    np.minimum.at(top, ids, rows)
-    np.minimum.at(left, ids, columns)
-    np.maximum.at(bottom, ids, rows + 1)
-    np.maximum.at(right, ids, columns + 1)
-    boxes = np.stack([left, top, right, bottom], axis=1)[1:].astype(np.float32)
-    boxes[bottom[1:] == 0] = 0
-    return boxes
+    return boxes_of_runs(find_runs(instance_ids), instance_ids.shape[1], count)

@@ -75,6 +75,56 @@ def grouping_scene(
     )
 
 
+@dataclass(frozen=True, eq=False)
+class NetworkScene:
+    """Raw maps of one image as a network gives them, each at its own stride.
+
+    Attributes:
+        semantic_logits: (C, H / 16, W / 16) or as asked, float32.
+        center_heatmap: (C - 1, H / 4, W / 4) float32.
+        offset_map: (2, H / 4, W / 4) float32, (dy, dx) in pixels of the network input.
+        input_size: (H, W).
+    """
+
+    semantic_logits: FloatMap
+    center_heatmap: FloatMap
+    offset_map: FloatMap
+    input_size: tuple[int, int]
+
+
+def network_scene(
+    seed: int,
+    num_classes: int = 20,
+    height: int = 512,
+    width: int = 512,
+    num_instances: int = 10,
+    noise: float = 0.1,
+    semantic_stride: int = 16,
+) -> NetworkScene:
+    """Draw ellipses, and the maps that a network of the usual strides would give for them.
+
+    Logits are the share of each class in a coarse pixel on a scale of 12, so that borders between two coarse pixels
+    fall where the drawing has them; heatmap and offsets are those of :func:`grouping_scene` at stride 4.
+
+    Args:
+        seed: of everything drawn.
+        num_classes: foreground classes.
+        height: of the network input, px; a multiple of the stride.
+        width: of the network input, px.
+        num_instances: ellipses drawn; some may be covered by others.
+        noise: 0 for clean maps.
+        semantic_stride: of the logits, a multiple of 4.
+    """
+    scene = grouping_scene(seed, num_classes, height // 4, width // 4, num_instances, noise=noise, stride=4)
+    class_map = np.concatenate([[0], scene.labels + 1])[scene.instance_ids]
+    shares = (class_map[None] == np.arange(num_classes + 1)[:, None, None]).astype(np.float32)
+    side = semantic_stride // 4
+    shares = shares.reshape(num_classes + 1, height // semantic_stride, side, width // semantic_stride, side)
+    logits = 12 * shares.mean(axis=(2, 4)) - 6
+    logits += np.random.default_rng(seed).normal(0, 2 * noise, logits.shape)
+    return NetworkScene(logits.astype(np.float32), scene.center_heatmap, scene.offset_map, (height, width))
+
+
 def _draw_ellipses(
     generator: np.random.Generator, num_classes: int, height: int, width: int, count: int
 ) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
