@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
+from cl4wsis.agreement import AgreementCounter
 from cl4wsis.instances import Instances
-from cl4wsis_serve.agreement import AgreementCounter
 
 TWO = Instances.from_ids(
     np.array(
