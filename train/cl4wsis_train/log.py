@@ -12,12 +12,14 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
+from cl4wsis_train.processes import mean_over_processes
+
 METRICS_FILE = "metrics.jsonl"
 _TENSORBOARD_FOLDER = "tensorboard"
 
 
 class TrainingLog:
-    """Writes the losses of a step; does nothing in processes other than the first.
+    """Writes the losses of a step, averaged over all processes; only the first process writes.
 
     Losses are summed on their device and read back only every ``log_every`` iterations.
 
@@ -75,9 +77,8 @@ class TrainingLog:
         self, iteration: int, epoch: int, losses: dict[str, Tensor], statistics: dict[str, Tensor], lr: float
     ) -> None:
         """Take the losses and statistics of one iteration; write their means every ``log_every`` iterations."""
-        if not self.enabled:
-            return
-        self._progress.update(self._task, completed=iteration)
+        if self.enabled:
+            self._progress.update(self._task, completed=iteration)
         for kind, values in (("losses", losses), ("statistics", statistics)):
             sums = self._sums[kind]
             for name, value in values.items():
@@ -89,6 +90,13 @@ class TrainingLog:
     def _write(self, iteration: int, epoch: int, lr: float) -> None:
         means = {kind: self._means(sums) for kind, sums in self._sums.items()}
         now = time.monotonic()
+        if self.enabled:
+            self._write_line(iteration, epoch, lr, means, now)
+        self._sums, self._count, self._time = {"losses": {}, "statistics": {}}, 0, now
+
+    def _write_line(
+        self, iteration: int, epoch: int, lr: float, means: dict[str, dict[str, float]], now: float
+    ) -> None:
         line = {
             "phase": self._phase,
             "iteration": iteration,
@@ -102,11 +110,10 @@ class TrainingLog:
         for name, value in (*means["losses"].items(), *means["statistics"].items()):
             self._writer.add_scalar(f"{self._phase}/{name}", value, iteration)
         self._progress.update(self._task, loss=f"loss {sum(means['losses'].values()):.3f}")
-        self._sums, self._count, self._time = {"losses": {}, "statistics": {}}, 0, now
 
     def _means(self, sums: dict[str, Tensor]) -> dict[str, float]:
         """Read all sums back in one transfer."""
         if not sums:
             return {}
-        values = (torch.stack(list(sums.values())).float() / self._count).tolist()
+        values = mean_over_processes(torch.stack(list(sums.values())).float() / self._count).tolist()
         return dict(zip(sums, values, strict=True))

@@ -52,6 +52,7 @@ from cl4wsis_train.phases.base import BasePhase
 from cl4wsis_train.phases.common import Phase
 from cl4wsis_train.phases.instance import InstancePhase
 from cl4wsis_train.phases.semantic import SemanticPhase
+from cl4wsis_train.processes import synchronize_norms
 
 logger = logging.getLogger(__name__)
 
@@ -258,8 +259,8 @@ class _StepTraining:
         encoder = list(network.encoder.parameters())
         known = {id(parameter) for parameter in encoder}
         heads = [parameter for parameter in phase.parameters() if id(parameter) not in known]
-        if fabric.world_size > 1 and fabric.device.type == "cuda":
-            nn.SyncBatchNorm.convert_sync_batchnorm(phase)  # type: ignore[no-untyped-call]
+        if fabric.world_size > 1:
+            synchronize_norms(phase)
         optimizer = build_optimizer(settings, encoder, heads)
         model, fabric_optimizer = fabric.setup(phase, optimizer)
         first_epoch, iteration = 0, 0
@@ -291,12 +292,14 @@ class _StepTraining:
         return int.from_bytes(hashlib.sha256(text.encode()).digest()[:6], "big")
 
     def _seed_epoch(self, fabric_loader: Any, loader: Any, name: str, epoch: int) -> None:
-        """Seed the order of images, and, differently in each process, what is drawn at random."""
+        """Seed the order of images, and what is drawn at random: dropout on GPUs differently in each process."""
         seed = self._seed(name, epoch + 1)
         loader.generator.manual_seed(seed)
         if hasattr(fabric_loader.sampler, "set_epoch"):
             fabric_loader.sampler.set_epoch(epoch)
-        torch.manual_seed(seed + self.fabric.global_rank)
+        torch.manual_seed(seed)
+        if self.fabric.device.type == "cuda":
+            torch.cuda.manual_seed(seed + self.fabric.global_rank)
 
     def _save_progress(
         self, name: PhaseName, epochs_done: int, iteration: int, phase: nn.Module, optimizer: torch.optim.Optimizer

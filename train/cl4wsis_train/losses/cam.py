@@ -62,7 +62,9 @@ def _activation(logits: Tensor, num_old_classes: int, average: str) -> Tensor:
     raise ValueError(f"average must be 'logits' or 'probabilities', found {average!r}")
 
 
-def random_dropout_loss(logits: Tensor, pixel_mask: Tensor, random_classes: Tensor) -> Tensor:
+def random_dropout_loss(
+    logits: Tensor, pixel_mask: Tensor, random_classes: Tensor, count: Tensor | None = None
+) -> Tensor:
     """Ask confident new-class pixels for one random old class each: mean_{p in P} -log sigmoid(Z_{r(p), p}).
 
     This keeps the old channels of the localizer from being extinguished wherever a new class shows.
@@ -71,6 +73,7 @@ def random_dropout_loss(logits: Tensor, pixel_mask: Tensor, random_classes: Tens
         logits: (B, C, h, w), raw.
         pixel_mask: (B, h, w) bool, the pixels P.
         random_classes: (B, h, w) int64, the semantic channel r drawn for each pixel; read inside ``pixel_mask`` only.
+        count: scalar normaliser instead of this batch's number of pixels in P, to make it global over processes.
 
     Returns:
         Scalar; mean over the pixels of P in the batch, 0 if there are none.
@@ -86,4 +89,5 @@ def random_dropout_loss(logits: Tensor, pixel_mask: Tensor, random_classes: Tens
     channels = random_classes.where(pixel_mask, torch.zeros_like(random_classes))
     drawn = full_precision(logits).gather(1, channels[:, None])[:, 0]  # (B, h, w)
     pixel_loss = F.softplus(-drawn) * pixel_mask
-    return pixel_loss.sum() / pixel_mask.sum().clamp(min=1)
+    pixels = pixel_mask.sum().float() if count is None else count
+    return pixel_loss.sum() / torch.where(pixels > 0, pixels, torch.ones_like(pixels)).to(pixel_loss.dtype)

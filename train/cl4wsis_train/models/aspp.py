@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from cl4wsis_train.processes import num_processes
+
 LEAKY_SLOPE = 0.01
 
 
@@ -49,7 +51,7 @@ class SemanticPyramid(nn.Module):
     def _normalize_pooled(self, pooled: Tensor) -> Tensor:
         """Normalise pooled features; a single training image has no variance, so it takes the running statistics."""
         norm = self.pool_norm
-        if not self.training or pooled.shape[0] > 1:
+        if not self.training or pooled.shape[0] * num_processes() > 1:
             normalized: Tensor = norm(pooled)
             return normalized
         return F.batch_norm(pooled, norm.running_mean, norm.running_var, norm.weight, norm.bias, eps=norm.eps)

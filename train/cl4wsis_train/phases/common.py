@@ -3,12 +3,11 @@
 from collections.abc import Sequence
 from typing import TypeVar
 
-import torch
-import torch.distributed
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cl4wsis_train.models.network import InstanceSegmenter
+from cl4wsis_train.processes import mean_over_processes
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
@@ -57,11 +56,7 @@ def global_count(loss_weight: Tensor) -> Tensor:
     Returns:
         Scalar float32.
     """
-    count = (loss_weight > 0).sum().float()
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.all_reduce(count)
-        count = count / torch.distributed.get_world_size()
-    return count
+    return mean_over_processes((loss_weight > 0).sum().float())
 
 
 def freeze(module: ModuleT) -> ModuleT:

@@ -20,7 +20,8 @@ from cl4wsis_train.losses.semantic import classification_loss, self_training_los
 from cl4wsis_train.models.affinity import PixelAdaptiveRefinement
 from cl4wsis_train.models.localizer import Localizer, PeakGenerator, normalized_global_weighted_pooling
 from cl4wsis_train.models.network import InstanceSegmenter
-from cl4wsis_train.phases.common import Losses, Phase, freeze, upsample
+from cl4wsis_train.phases.common import Losses, Phase, freeze, global_count, upsample
+from cl4wsis_train.processes import draw_for_images
 from cl4wsis_train.pseudo.semantic import random_dropout_mask, self_training_target, semantic_target
 
 _FINE_STRIDE = 4  # of the refined target, as of the instance branch
@@ -180,10 +181,10 @@ class SemanticPhase(Phase):
         if settings.random_dropout:
             mask = random_dropout_mask(eval_logits, labels, split)
             first = 0 if settings.random_dropout_background else 1
-            classes = torch.randint(first, split.num_old_classes + 1, mask.shape, device=mask.device)
+            classes = draw_for_images(first, split.num_old_classes + 1, mask.shape, mask.device)
             if self.all_seen_labels:
                 mask = mask & _is_present(classes, labels)
-            losses["random_dropout"] = random_dropout_loss(cam_logits, mask, classes)
+            losses["random_dropout"] = random_dropout_loss(cam_logits, mask, classes, global_count(mask))
         return losses
 
 
