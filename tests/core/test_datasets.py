@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from cl4wsis.datasets import (
+    VOID_ID,
     check_sources,
     load_evaluation_set,
     load_masked_pictures,
@@ -137,6 +138,104 @@ def test_crowd_regions_are_neither_instances_nor_tags(tmp_path: Path) -> None:
     image = read_instances(tmp_path / "train.json", tmp_path / "train")[0]
     assert image.tags == {"cat"}
     assert image.rasterize(["cat", "dog"])[1].tolist() == [0]
+
+
+def test_crowds_of_wanted_classes_are_void_behind_all_instances(tmp_path: Path) -> None:
+    crowds = [annotate(1, 2, (0, 0, 8, 3), iscrowd=1), annotate(1, 3, (0, 3, 8, 6), iscrowd=1)]
+    write_source(tmp_path, "train", [annotate(1, 1, (0, 0, 4, 4)), *crowds])
+    image = read_instances(tmp_path / "train.json", tmp_path / "train")[0]
+    expected = """
+        1111vvvv
+        1111vvvv
+        1111vvvv
+        1111....
+        ........
+        ........
+    """
+    number = {"1": 1, "v": VOID_ID, ".": 0}
+    instance_ids, labels = image.rasterize(["cat", "dog"])
+    np.testing.assert_array_equal(instance_ids, [[number[c] for c in row] for row in expected.split()])
+    assert labels.tolist() == [0]
+
+
+def test_crowds_are_background_in_evaluation(tmp_path: Path) -> None:
+    for name in ("train", "val"):
+        write_source(tmp_path, name, [*ANNOTATIONS, annotate(3, 1, (0, 0, 8, 6), iscrowd=1)])
+    sample = load_evaluation_set(make_plan(tmp_path), 1)[2]
+    assert sample.labels.tolist() == [0]
+    assert np.unique(sample.instance_ids).tolist() == [0, 1]
+
+
+def test_object_of_one_pixel_is_kept_in_evaluation_and_beside_larger_ones(tmp_path: Path) -> None:
+    annotations = [annotate(1, 1, (0, 0, 4, 4)), annotate(1, 2, (6, 2, 7, 3)), annotate(2, 2, (6, 2, 7, 3))]
+    for name in ("train", "val"):
+        write_source(tmp_path, name, annotations)
+    plan = make_plan(tmp_path)
+    assert [sample.labels.tolist() for sample in load_evaluation_set(plan, 1)] == [[0, 1], [1], []]
+    (picture,) = load_masked_pictures(make_plan(tmp_path, steps=(("cat", "dog"),)), 0)
+    instance_ids, _ = picture.rasterize(["cat", "dog"])
+    assert np.argwhere(instance_ids == 2).tolist() == [[2, 6]]
+
+
+def test_images_without_objects_belong_to_the_evaluation_alone(tmp_path: Path) -> None:
+    for name in ("train", "val"):
+        write_source(tmp_path, name, ANNOTATIONS[:1])
+    plan = make_plan(tmp_path, steps=(("cat",),))
+    assert [picture.name for picture in load_masked_pictures(plan, 0)] == ["1.png"]
+    assert [len(sample.labels) for sample in load_evaluation_set(plan, 0)] == [1, 0, 0]
+
+
+def write_as(path: Path, form: str) -> None:
+    """Write a gray image of 8x6 px with a bright pixel at the upper left, in some form."""
+    pillow = pytest.importorskip("PIL.Image")
+    values = np.full((HEIGHT, WIDTH), 100, np.uint8)
+    values[:3, :3] = 250
+    if form == "16 bits":
+        cv2.imwrite(str(path), values.astype(np.uint16) * 257)
+    elif form == "rotated":  # stored lying on its side, to be shown upright
+        exif = pillow.Exif()
+        exif[0x112] = 6
+        pillow.fromarray(np.rot90(values, 1).copy()).save(path, "PNG", exif=exif)
+    else:
+        pillow.fromarray(values).convert({"gray": "L", "alpha": "RGBA", "palette": "P"}[form]).save(path, "PNG")
+
+
+@pytest.mark.parametrize("form", ["gray", "16 bits", "alpha", "palette", "rotated"])
+def test_images_of_every_form_are_read_upright_as_rgb(tmp_path: Path, form: str) -> None:
+    plan = make_plan(tmp_path)
+    write_as(tmp_path / "train" / "1.png", form)
+    check_sources(plan, 0)
+    image = load_masked_pictures(plan, 0)[0].read()
+    assert image.shape == (HEIGHT, WIDTH, 3)
+    assert abs(int(image[0, 0, 0]) - 250) < 8
+    assert abs(int(image[-1, -1, 2]) - 100) < 8
+
+
+def test_cmyk_images_are_read_as_rgb(tmp_path: Path) -> None:
+    pillow = pytest.importorskip("PIL.Image")
+    plan = make_plan(tmp_path)
+    for folder in ("train", "val"):
+        pillow.new("CMYK", (WIDTH, HEIGHT), (0, 255, 255, 0)).save(tmp_path / folder / "1.jpg")
+        edit_json(
+            tmp_path / f"{folder}.json",
+            images=[
+                {"id": i, "file_name": "1.jpg" if i == 1 else f"{i}.png", "width": WIDTH, "height": HEIGHT}
+                for i in (1, 2, 3)
+            ],
+        )
+    image = load_masked_pictures(plan, 0)[0].read()
+    assert image[0, 0, 0] > 200
+    assert image[0, 0, 1:].max() < 60
+
+
+def test_annotation_of_the_image_lying_on_its_side_is_refused(tmp_path: Path) -> None:
+    pillow = pytest.importorskip("PIL.Image")
+    plan = make_plan(tmp_path)
+    exif = pillow.Exif()
+    exif[0x112] = 6
+    pillow.fromarray(np.zeros((HEIGHT, WIDTH), np.uint8)).save(tmp_path / "train" / "1.png", exif=exif)
+    with pytest.raises(DataError, match="store it without EXIF rotation"):
+        check_sources(plan, 0)
 
 
 def test_images_without_a_valid_box_are_left_out_of_training_only(tmp_path: Path) -> None:
@@ -294,10 +393,12 @@ def test_drawn_shapes_are_evaluated_alike() -> None:
         np.testing.assert_array_equal(second.instance_ids[first.instance_ids > 0] > 0, True)
 
 
-def test_whole_sources_pass_the_check(tmp_path: Path) -> None:
+def test_whole_sources_pass_the_check_and_are_counted(tmp_path: Path) -> None:
     plan = make_plan(tmp_path)
-    check_sources(plan, 0)
-    check_sources(plan, 1)
+    assert str(check_sources(plan, 0)) == "step 0 learns from masks of 2 of 3 images: cat 2"
+    assert str(check_sources(plan, 1)) == "step 1 learns from tags of 2 of 3 images: dog 2"
+    shapes = Plan.model_validate({"name": "s", "steps": [["disc"], ["star"]], "data": {"kind": "shapes"}})
+    assert str(check_sources(shapes, 1)) == "step 1 learns from tags of 480 of 480 images"
 
 
 def test_later_step_never_reads_training_masks(tmp_path: Path) -> None:

@@ -64,7 +64,7 @@ def write_coco(root: Path, tags_of: dict[str, list[str]]) -> dict[str, Any]:
 
 
 def equal(first: Batch, second: Batch) -> bool:
-    fields = ("images", "image_labels", "instance_ids", "labels")
+    fields = ("images", "image_labels", "instance_ids", "labels", "void", "proposals")
     pairs = [(getattr(first, name), getattr(second, name)) for name in fields]
     return all(a is b if a is None or b is None else torch.equal(a, b) for a, b in pairs)
 
@@ -200,6 +200,94 @@ def test_later_step_works_without_the_instances_file(tmp_path: Path, phase: Any)
     assert sorted(batch.images.amax(dim=(1, 2, 3)).tolist()) == [0, 2]
     with pytest.raises(DataError, match=r"instances\.json"):
         build_training_loader(plan, 0, "base", batch_size=2, seed=0)
+
+
+def test_void_follows_the_image_and_is_no_instance(tmp_path: Path) -> None:
+    tables = write_coco(tmp_path, {"0.png": ["a"], "1.png": ["b"]})
+    coco = json.loads((tmp_path / "instances.json").read_text())
+    # A crowd of class a covers the right half of the first image, one of a class yet to come that of the second.
+    names = {category["name"]: category["id"] for category in coco["categories"]} | {"c": 7}
+    coco["categories"].append({"id": 7, "name": "c"})
+    right_half = [[24, 0, 48, 0, 48, 32, 24, 32]]
+    for image_id, name in ((0, "a"), (1, "c")):
+        crowd = {"image_id": image_id, "category_id": names[name], "segmentation": right_half, "iscrowd": 1}
+        coco["annotations"].append(crowd)
+    (tmp_path / "instances.json").write_text(json.dumps(coco))
+    plan = Plan.model_validate(tables | {"steps": (("a", "b"), ("c",))})
+    for seed in range(3):
+        (batch,) = build_training_loader(plan, 0, "base", batch_size=2, seed=seed)
+        assert batch.void is not None
+        assert batch.instance_ids is not None
+        assert batch.void.dtype == torch.bool
+        assert batch.void.shape == batch.instance_ids.shape
+        assert batch.instance_ids.min() == 0
+        crowded, plain = (int(i) for i in batch.image_labels[:, 1].sort(stable=True).indices)
+        assert 0.2 < batch.void[crowded].float().mean() < 0.8
+        assert not batch.void[plain].any()
+        assert not (batch.instance_ids[batch.void] > 0).any()
+        columns = batch.void[crowded].any(dim=0)
+        assert columns[0] != columns[-1]  # one side of the crop, mirrored or not
+
+
+def test_batches_without_void_have_none(tmp_path: Path) -> None:
+    plan = Plan.model_validate(write_coco(tmp_path, FILES))
+    (batch,) = build_training_loader(plan, 0, "base", batch_size=4, seed=0)
+    assert batch.void is None
+    assert batch.proposals is None
+
+
+def write_proposals(folder: Path, names: Sequence[str]) -> None:
+    """Propose the left half of each image, and in front of it a small square."""
+    folder.mkdir(parents=True)
+    half, square = [[0, 0, 24, 0, 24, 32, 0, 32]], [[4, 4, 16, 4, 16, 16, 4, 16]]
+    for name in names:
+        found = [{"segmentation": square, "score": 0.9}, {"segmentation": half, "score": 0.4}]
+        (folder / f"{Path(name).stem}.json").write_text(json.dumps(found))
+
+
+def test_proposals_follow_the_image_in_weak_steps_alone(tmp_path: Path) -> None:
+    tables = write_coco(tmp_path, FILES)
+    for file_name in FILES:  # bright where the half is proposed, brighter where the square is
+        image = np.zeros((32, 48, 3), np.uint8)
+        image[:, :24], image[4:16, 4:16] = 100, 200
+        cv2.imwrite(str(tmp_path / "images" / file_name), image)
+    write_proposals(tmp_path / "proposals", list(FILES))
+    plan = Plan.model_validate(tables | {"data": tables["data"] | {"proposals": "proposals"}})
+    flips = set()
+    for seed in range(4):
+        (batch,) = build_training_loader(plan, 1, "semantic", batch_size=2, seed=seed)
+        assert batch.instance_ids is None
+        assert batch.proposals is not None
+        assert batch.proposals.dtype == torch.int32
+        assert batch.proposals.shape == (2, 64, 64)
+        shown = torch.tensor([0, 200, 100])[batch.proposals.long()]
+        blurred = functional.avg_pool2d(shown.float()[:, None], 5, stride=1, padding=2)[:, 0]
+        inside = blurred == shown  # no edge within two pixels
+        assert inside.float().mean() > 0.3
+        assert torch.equal(batch.images[:, 0].int()[inside], shown.int()[inside])
+        flips |= {bool(ids[:, 0].any()) for ids in batch.proposals}
+    assert flips == {True, False}
+    (batch,) = build_training_loader(plan, 0, "base", batch_size=4, seed=0)
+    assert batch.proposals is None
+
+
+def test_drawn_shapes_can_have_proposals(tmp_path: Path) -> None:
+    plan = shapes_plan(4)
+    with_folder = plan.model_copy(update={"data": plan.data.model_copy(update={"proposals": tmp_path})})
+    (tmp_path / "step-1").mkdir()
+    for index in range(4):
+        found = [{"segmentation": [[0, 0, 64, 0, 64, 64, 0, 64]], "score": 1.0}]
+        (tmp_path / "step-1" / f"{index:05d}.json").write_text(json.dumps(found))
+    (batch,) = build_training_loader(with_folder, 1, "instance", batch_size=4, seed=0)
+    assert batch.proposals is not None
+    assert (batch.proposals == 1).all()
+
+
+def test_missing_proposals_are_named(tmp_path: Path) -> None:
+    tables = write_coco(tmp_path, FILES)
+    plan = Plan.model_validate(tables | {"data": tables["data"] | {"proposals": "proposals"}})
+    with pytest.raises(DataError, match=r"proposals/0\.json: cannot be read"):
+        build_training_loader(plan, 1, "semantic", batch_size=2, seed=0)
 
 
 def test_tags_of_old_classes_are_given_on_request(tmp_path: Path) -> None:
