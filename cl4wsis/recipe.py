@@ -52,6 +52,9 @@ class OptimizerSettings(Settings):
     """Learning rate of the encoder."""
     head_lr: float = Field(5e-5, ge=0)
     """Learning rate of everything else."""
+    inherited_lr: float | None = Field(None, ge=0)
+    """Learning rate of what the branches in training took over from the previous step; ``head_lr``, as published, when
+    not given. A smaller one forgets less: there are no old images to keep these weights in place."""
     weight_decay: float = Field(0.0, ge=0)
     momentum: float = Field(0.9, ge=0, lt=1)
     """Momentum of SGD (Nesterov)."""

@@ -17,6 +17,15 @@ def test_groups_have_their_own_rates_and_leave_out_frozen_parameters() -> None:
     assert [(group["lr"], len(group["params"])) for group in optimizer.param_groups] == [(0.1, 1), (0.2, 2)]
 
 
+@pytest.mark.parametrize(("inherited_lr", "expected"), [(None, 0.2), (0.01, 0.01), (0.0, 0.0)])
+def test_inherited_parameters_may_learn_at_a_rate_of_their_own(inherited_lr: float | None, expected: float) -> None:
+    (encoder, head), (inherited, _) = _layers(), _layers()
+    settings = OptimizerSettings(encoder_lr=0.1, head_lr=0.2, inherited_lr=inherited_lr)
+    optimizer = build_optimizer(settings, encoder.parameters(), head.parameters(), inherited.parameters())
+    rate_of = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
+    assert [rate_of[id(layer.weight)] for layer in (encoder, inherited, head)] == [0.1, expected, 0.2]
+
+
 def test_a_frozen_encoder_has_no_group() -> None:
     encoder, head = _layers()
     encoder.requires_grad_(False)

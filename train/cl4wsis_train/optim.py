@@ -9,7 +9,10 @@ from cl4wsis.recipe import OptimizerSettings
 
 
 def build_optimizer(
-    settings: OptimizerSettings, encoder: Iterable[nn.Parameter], heads: Iterable[nn.Parameter]
+    settings: OptimizerSettings,
+    encoder: Iterable[nn.Parameter],
+    heads: Iterable[nn.Parameter],
+    inherited: Iterable[nn.Parameter] = (),
 ) -> torch.optim.Optimizer:
     """Build the optimiser of one phase.
 
@@ -17,11 +20,13 @@ def build_optimizer(
         settings: kind and rates.
         encoder: parameters that learn at ``encoder_lr``; frozen ones are left out.
         heads: parameters that learn at ``head_lr``; frozen ones are left out.
+        inherited: parameters that learn at ``inherited_lr``, or at ``head_lr`` where that is not set.
     """
-    rates = (settings.encoder_lr, settings.head_lr)
+    inherited_lr = settings.head_lr if settings.inherited_lr is None else settings.inherited_lr
+    rates = (settings.encoder_lr, inherited_lr, settings.head_lr)
     groups = [
         {"params": trainable, "lr": rate, "initial_lr": rate}
-        for parameters, rate in zip((encoder, heads), rates, strict=True)
+        for parameters, rate in zip((encoder, inherited, heads), rates, strict=True)
         if (trainable := [p for p in parameters if p.requires_grad])
     ]
     if settings.kind == "sgd":

@@ -94,7 +94,7 @@ def train_step(
     if folder.exists():
         raise RunError(f"{folder}: step {step} is trained already; delete the folder to train it again")
     previous = previous_folder(plan, step, run)
-    check_sources(plan, step)
+    report(str(check_sources(plan, step)))
     fabric = fabric or build_fabric(plan)
     return _StepTraining(plan, step, folder, previous, fabric, report).run(evaluate)
 
@@ -182,6 +182,7 @@ class _StepTraining:
         self.split = plan.split(step)
         self.partial = folder.with_name(folder.name + ".partial")
         self.seconds: dict[str, float] = {}
+        self.old_network: InstanceSegmenter | None = None
         self.plan_sha256 = hashlib.sha256(plan.model_dump_json().encode()).hexdigest()
 
     def run(self, evaluate: bool) -> Path:
@@ -210,6 +211,7 @@ class _StepTraining:
             model and model.to(memory_format=torch.channels_last) for model in self._build_networks()
         )
         assert network is not None
+        self.old_network = old_network
         if self.recipe.method != "cl4wsis" or self.step == 0:
             base = BasePhase(network, self.recipe)
             self._run_phase("base", base, self.recipe.base.epochs, self.recipe.base.optimizer, progress, log)
@@ -239,6 +241,15 @@ class _StepTraining:
         network.load_previous(old_network.state_dict())
         return network, old_network
 
+    def _inherited_parameters(self, network: InstanceSegmenter) -> list[nn.Parameter]:
+        """List the parameters of the branches that the previous step's network has as well."""
+        if self.old_network is None:
+            return []
+        old_names = self.old_network.state_dict().keys()
+        branches = (network.semantic_branch, network.instance_branch)
+        in_branches = {id(parameter) for branch in branches for parameter in branch.parameters()}
+        return [p for name, p in network.named_parameters() if name in old_names and id(p) in in_branches]
+
     def _run_phase(
         self,
         name: PhaseName,
@@ -257,11 +268,12 @@ class _StepTraining:
         fabric_loader: Any = fabric.setup_dataloaders(loader)
         network = phase.network
         encoder = list(network.encoder.parameters())
-        known = {id(parameter) for parameter in encoder}
+        inherited = self._inherited_parameters(network)
+        known = {id(parameter) for parameter in encoder + inherited}
         heads = [parameter for parameter in phase.parameters() if id(parameter) not in known]
         if fabric.world_size > 1:
             synchronize_norms(phase)
-        optimizer = build_optimizer(settings, encoder, heads)
+        optimizer = build_optimizer(settings, encoder, heads, inherited)
         model, fabric_optimizer = fabric.setup(phase, optimizer)
         first_epoch, iteration = 0, 0
         if progress is not None and progress.phase == name:
