@@ -9,6 +9,7 @@ from cl4wsis_train.losses.instance import center_loss, offset_loss
 from cl4wsis_train.losses.semantic import semantic_bce_loss
 from cl4wsis_train.models.network import InstanceSegmenter
 from cl4wsis_train.phases.common import Losses, Phase, global_count, upsample
+from cl4wsis_train.processes import num_processes
 
 
 class BasePhase(Phase):
@@ -29,7 +30,7 @@ class BasePhase(Phase):
         """Return the weighted losses ``semantic``, ``center`` and ``offset`` of a batch with masks.
 
         L = BCE summed over classes + 200 * center + 0.01 * offset, all at crop resolution; centers and offsets count on
-        object pixels only.
+        object pixels only. Void pixels count nowhere.
         """
         if batch.instance_ids is None or batch.labels is None:
             raise ValueError("the base phase needs batches with instance_ids and labels")
@@ -40,10 +41,15 @@ class BasePhase(Phase):
             semantic_target = semantic_target_from_ids(batch.instance_ids, batch.labels, num_classes)
             target = encode_instance_targets(batch.instance_ids, batch.labels, num_classes, self.center_sigma)
             count = global_count(target.loss_weight)
+            void = batch.void
+            if void is None and num_processes() > 1:  # another process may have some, and all must count together
+                void = torch.zeros_like(batch.instance_ids, dtype=torch.bool)
+            num_known = None if void is None else global_count(~void)
         center = center_loss(upsample(output.center_heatmap, size), target.center_target, target.loss_weight, count)
         offset = offset_loss(upsample(output.offset_map, size), target.offset_target, target.loss_weight, count)
+        semantic = semantic_bce_loss(upsample(output.semantic_logits, size), semantic_target, void, num_known)
         return {
-            "semantic": semantic_bce_loss(upsample(output.semantic_logits, size), semantic_target),
+            "semantic": semantic,
             "center": self.settings.instance_loss.center_weight * center,
             "offset": self.offset_weight * offset,
         }
