@@ -5,26 +5,25 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Literal, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from cl4wsis.bundle import Bundle, Manifest, open_bundle
+from cl4wsis.bundle import Manifest, Post, Precision, open_bundle
 from cl4wsis.errors import BackendError, Cl4wsisError, DataError
 from cl4wsis.geometry import FitTransform, restore_instances
+from cl4wsis.grouping import group_maps
 from cl4wsis.images import read_image
 from cl4wsis.instances import Instances
 from cl4wsis.preprocess import prepare_batch, prepare_image
 from cl4wsis.steps import ClassInfo
-from cl4wsis_serve.backends.base import Backend, Outputs, check_outputs
+from cl4wsis_serve.backends.base import MAP_NAMES, Backend, Outputs, check_maps, check_outputs
+from cl4wsis_serve.selection import select_backend
 
 Image = NDArray[np.uint8]
 Source = str | Path | Image
 SourceT = TypeVar("SourceT", bound=Source)
-
-BACKENDS = ("onnxruntime-cuda", "onnxruntime")
-"""Backends in the order in which ``auto`` tries them."""
 
 _READERS = 2
 """Threads that read and fit images while the graph runs."""
@@ -38,30 +37,62 @@ class Predictor:
     Args:
         manifest: classes, input rule and outputs of the graph.
         backend: runs the graph.
-        skipped: backends that ``auto`` passed over, with the reasons.
+        skipped: what was passed over when the backend was chosen, with the reasons.
+        precision: of the graph.
+        post: where pixels are grouped: in the ``graph`` that the backend runs, or here on the ``host``.
     """
 
-    def __init__(self, manifest: Manifest, backend: Backend, skipped: dict[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        manifest: Manifest,
+        backend: Backend,
+        skipped: dict[str, str] | None = None,
+        precision: Precision = "float32",
+        post: Post = "graph",
+    ) -> None:
         self.manifest = manifest
         self.backend = backend
         self.skipped = skipped or {}
+        self.precision = precision
+        self.post = post
 
     @classmethod
-    def open(cls, path: str | Path, backend: str = "auto", threads: int | None = None) -> "Predictor":
+    def open(
+        cls,
+        path: str | Path,
+        backend: str = "auto",
+        precision: Precision | Literal["auto"] = "auto",
+        post: Post | Literal["auto"] = "auto",
+        threads: int | None = None,
+        allow_fallback: bool = False,
+        self_test: bool = False,
+    ) -> "Predictor":
         """Open a bundle, or an ``.onnx`` file by itself.
 
         Args:
             path: of the bundle folder or the file.
-            backend: one of :data:`BACKENDS`, or ``auto`` for the first that works here.
+            backend: a name from :data:`cl4wsis_serve.BACKENDS`, or ``auto`` for the first of them that works here.
+            precision: of the network; ``auto`` is float32.
+            post: where pixels are grouped; ``auto`` is the ``host`` for backends on the CPU and the ``graph`` for those
+                on a GPU, where each is faster. Both give the same instances.
             threads: CPU threads within one operator; all usable cores when not given.
+            allow_fallback: use another backend, with a warning, where the one asked for cannot run.
+            self_test: compare the answers to the bundle's golden inputs with those stored in it first.
 
         Raises:
-            BundleError: the bundle is missing, damaged or not one of ours.
-            BackendError: the backend is unknown, or cannot run here; the message says why and what to do.
+            BundleError: the bundle is missing, damaged, not one of ours, or holds no such graph.
+            BackendError: the backend is unknown, cannot run here or fails the self-test; the message says why and what
+                to do.
         """
         bundle = open_bundle(Path(path))
-        opened, skipped = _open_backend(bundle, backend, threads)
-        return cls(bundle.manifest, opened, skipped)
+        selection = select_backend(bundle, backend, precision, post, threads, allow_fallback)
+        variant = selection.variant
+        predictor = cls(bundle.manifest, selection.backend, selection.skipped, variant.precision, variant.post)
+        if self_test:
+            from cl4wsis_serve.selftest import run_self_test
+
+            run_self_test(predictor, bundle)
+        return predictor
 
     @property
     def classes(self) -> tuple[ClassInfo, ...]:
@@ -150,49 +181,32 @@ class Predictor:
 
     def _run(self, frames: Image, transforms: Sequence[FitTransform]) -> list[Instances]:
         outputs = self.backend.run(frames)
-        check_outputs(outputs, len(frames), self.manifest.input.size, len(self.classes))
-        return [_instances_of(outputs, row, transform) for row, transform in enumerate(transforms)]
+        if self.post == "graph":
+            check_outputs(outputs, len(frames), self.manifest.input.size, len(self.classes))
+            found = [_instances_of(outputs, row) for row in range(len(frames))]
+        else:
+            check_maps(outputs, len(frames), len(self.classes))
+            found = [self._group(outputs, row) for row in range(len(frames))]
+        return [restore_instances(slots, transform) for slots, transform in zip(found, transforms, strict=True)]
 
-
-def backend_status() -> dict[str, str | None]:
-    """Say for every backend why it cannot be used on this machine; nothing where it can."""
-    from cl4wsis_serve.backends.onnxruntime import why_unavailable
-
-    return {"onnxruntime-cuda": why_unavailable("cuda"), "onnxruntime": why_unavailable("cpu")}
-
-
-def _open_backend(bundle: Bundle, name: str, threads: int | None) -> tuple[Backend, dict[str, str]]:
-    if name != "auto":
-        return _load_backend(bundle, name, threads), {}
-    skipped: dict[str, str] = {}
-    for candidate in BACKENDS:
+    def _group(self, outputs: Outputs, row: int) -> Instances:
+        """Group one image's maps here."""
+        maps = (outputs[name][row] for name in MAP_NAMES)
         try:
-            return _load_backend(bundle, candidate, threads), skipped
-        except BackendError as error:
-            skipped[candidate] = str(error)
-    reasons = "; ".join(f"{candidate}: {reason}" for candidate, reason in skipped.items())
-    raise BackendError(f"no backend can run this model here. {reasons}")
-
-
-def _load_backend(bundle: Bundle, name: str, threads: int | None) -> Backend:
-    if name not in BACKENDS:
-        raise BackendError(f"unknown backend '{name}'; known: auto, {', '.join(BACKENDS)}")
-    from cl4wsis_serve.backends.onnxruntime import OnnxRuntimeBackend
-
-    device: Any = "cuda" if name == "onnxruntime-cuda" else "cpu"
-    return OnnxRuntimeBackend(bundle.model, bundle.manifest, device, threads)
+            return group_maps(*maps, self.manifest.input.size, self.manifest.grouping)
+        except ValueError as error:
+            raise BackendError(f"the graph's maps cannot be grouped: {error}; export the step again") from error
 
 
 def _load(source: Source) -> Image:
     return source if isinstance(source, np.ndarray) else read_image(source)
 
 
-def _instances_of(outputs: Outputs, row: int, transform: FitTransform) -> Instances:
-    """Take one image's slots, unused ones included, and bring back what has pixels in the source image."""
-    slots = Instances(
+def _instances_of(outputs: Outputs, row: int) -> Instances:
+    """Take one image's slots, unused ones included."""
+    return Instances(
         instance_ids=outputs["instance_ids"][row].astype(np.int32),
         labels=outputs["labels"][row].astype(np.int32),
         scores=outputs["scores"][row].astype(np.float32),
         boxes=outputs["boxes"][row].astype(np.float32),
     )
-    return restore_instances(slots, transform)

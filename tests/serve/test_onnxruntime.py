@@ -7,14 +7,19 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
-from bundles import SIZE, color_manifest, color_model, write_color_bundle
+from bundles import SIZE, color_manifest, color_model, color_network
 
-from cl4wsis.bundle import TensorInfo
+from cl4wsis.bundle import Bundle, Manifest, TensorInfo, VariantInfo
 from cl4wsis.errors import BackendError
-from cl4wsis_serve import BACKENDS, Predictor, backend_status
-from cl4wsis_serve.backends.onnxruntime import OnnxRuntimeBackend, usable_cores
+from cl4wsis_serve.backends.base import BackendRequest
+from cl4wsis_serve.backends.onnxruntime import OnnxRuntimeBackend
 
 HAS_CUDA = "CUDAExecutionProvider" in onnxruntime.get_available_providers()
+
+
+def request_for(model: Path, manifest: Manifest, name: str = "onnxruntime", post: str = "graph") -> BackendRequest:
+    variant = VariantInfo(file=model.name, precision="float32", post=post, source_sha256="0" * 64)
+    return BackendRequest(name, Bundle(model, manifest), variant, threads=1)
 
 
 @pytest.fixture
@@ -26,7 +31,7 @@ def model(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("batch", [1, 2, 5])
 def test_run_gives_all_outputs_for_any_batch(model: Path, batch: int) -> None:
-    backend = OnnxRuntimeBackend(model, color_manifest(), threads=1)
+    backend = OnnxRuntimeBackend(request_for(model, color_manifest()))
     outputs = backend.run(np.full((batch, *SIZE, 3), 200, np.uint8))
     assert {name: array.shape for name, array in outputs.items()} == {
         "instance_ids": (batch, *SIZE),
@@ -36,6 +41,19 @@ def test_run_gives_all_outputs_for_any_batch(model: Path, batch: int) -> None:
         "boxes": (batch, 4, 4),
     }
     assert (outputs["instance_ids"] == 1).all()
+
+
+@pytest.mark.parametrize("batch", [1, 2, 5])
+def test_host_graph_gives_the_maps(tmp_path: Path, batch: int) -> None:
+    path = tmp_path / "network.onnx"
+    onnx.save(color_network(), path)
+    backend = OnnxRuntimeBackend(request_for(path, color_manifest(), post="host"))
+    outputs = backend.run(np.full((batch, *SIZE, 3), 200, np.uint8))
+    assert {name: array.shape[:2] for name, array in outputs.items()} == {
+        "semantic_logits": (batch, 3),
+        "center_heatmap": (batch, 2),
+        "offset_map": (batch, 2),
+    }
 
 
 @pytest.mark.parametrize(
@@ -49,24 +67,24 @@ def test_run_gives_all_outputs_for_any_batch(model: Path, batch: int) -> None:
 )
 def test_graph_that_is_not_the_manifest_s_is_refused(model: Path, tensor: TensorInfo, message: str) -> None:
     with pytest.raises(BackendError, match=message):
-        OnnxRuntimeBackend(model, color_manifest(outputs=(tensor,)))
+        OnnxRuntimeBackend(request_for(model, color_manifest(outputs=(tensor,))))
 
 
 def test_wrong_input_size_is_refused(model: Path) -> None:
     inputs = (TensorInfo(name="images", dtype="uint8", shape=("batch", 64, 64, 3), meaning=""),)
     with pytest.raises(BackendError, match="input 'images'"):
-        OnnxRuntimeBackend(model, color_manifest(inputs=inputs))
+        OnnxRuntimeBackend(request_for(model, color_manifest(inputs=inputs)))
 
 
 def test_damaged_graph_is_named(tmp_path: Path) -> None:
     path = tmp_path / "damaged.onnx"
     path.write_bytes(b"no protobuf")
     with pytest.raises(BackendError, match=r"damaged\.onnx: onnxruntime .* cannot load it"):
-        OnnxRuntimeBackend(path, color_manifest())
+        OnnxRuntimeBackend(request_for(path, color_manifest()))
 
 
 def test_failing_run_says_what_to_do(model: Path) -> None:
-    backend = OnnxRuntimeBackend(model, color_manifest())
+    backend = OnnxRuntimeBackend(request_for(model, color_manifest()))
     with pytest.raises(BackendError, match="use a smaller batch size"):
         backend.run(np.zeros((1, 5, 5, 3), np.uint8))
 
@@ -74,7 +92,7 @@ def test_failing_run_says_what_to_do(model: Path) -> None:
 @pytest.mark.skipif(HAS_CUDA, reason="needs a build of onnxruntime without CUDA")
 def test_cuda_without_the_gpu_wheel_names_the_way_out(model: Path) -> None:
     with pytest.raises(BackendError, match=r"pip install 'cl4wsis\[gpu\]'"):
-        OnnxRuntimeBackend(model, color_manifest(), device="cuda")
+        OnnxRuntimeBackend(request_for(model, color_manifest(), "onnxruntime-cuda"))
 
 
 def test_silent_fallback_to_the_cpu_is_an_error(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -82,21 +100,4 @@ def test_silent_fallback_to_the_cpu_is_an_error(model: Path, monkeypatch: pytest
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CUDAExecutionProvider"])
     monkeypatch.setattr(onnxruntime, "InferenceSession", lambda *args, **kwargs: session)
     with pytest.raises(BackendError, match="fell back to CPUExecutionProvider"):
-        OnnxRuntimeBackend(model, color_manifest(), device="cuda")
-
-
-def test_unknown_backend_lists_the_known(tmp_path: Path) -> None:
-    bundle = write_color_bundle(tmp_path / "colors.cl4wsis")
-    with pytest.raises(BackendError, match="unknown backend 'tensorflow'; known: auto, onnxruntime-cuda, onnxruntime"):
-        Predictor.open(bundle, backend="tensorflow")
-
-
-def test_status_covers_every_backend() -> None:
-    status = backend_status()
-    assert tuple(status) == BACKENDS
-    assert status["onnxruntime"] is None
-    assert (status["onnxruntime-cuda"] is None) == HAS_CUDA
-
-
-def test_at_least_one_core_is_usable() -> None:
-    assert usable_cores() >= 1
+        OnnxRuntimeBackend(request_for(model, color_manifest(), "onnxruntime-cuda"))

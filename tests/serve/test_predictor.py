@@ -19,9 +19,9 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_color_bundle(tmp_path_factory.mktemp("bundles") / "colors.cl4wsis")
 
 
-@pytest.fixture(scope="module")
-def predictor(bundle: Path) -> Predictor:
-    return Predictor.open(bundle)
+@pytest.fixture(scope="module", params=["graph", "host"])
+def predictor(bundle: Path, request: pytest.FixtureRequest) -> Predictor:
+    return Predictor.open(bundle, "onnxruntime", post=request.param)
 
 
 def recording(ids: np.ndarray, labels: list[int], scores: list[float]) -> dict[str, np.ndarray]:
@@ -157,9 +157,31 @@ def test_foreign_and_missing_models_are_refused(tmp_path: Path) -> None:
         Predictor.open(tmp_path / "foreign.onnx")
 
 
-def test_auto_says_why_a_backend_was_skipped(predictor: Predictor) -> None:
-    if predictor.backend.name == "onnxruntime-cuda":
-        pytest.skip("this machine has the GPU build of onnxruntime and a GPU")
-    assert predictor.backend.name == "onnxruntime"
-    assert list(predictor.skipped) == ["onnxruntime-cuda"]
-    assert "CUDAExecutionProvider" in predictor.skipped["onnxruntime-cuda"]
+def raw_maps(classes: int = 2, shape: tuple[int, int] = (8, 12)) -> dict[str, np.ndarray]:
+    return {
+        "semantic_logits": np.zeros((classes + 1, *shape), np.float32),
+        "center_heatmap": np.zeros((classes, *shape), np.float32),
+        "offset_map": np.zeros((2, *shape), np.float32),
+    }
+
+
+@pytest.mark.parametrize(
+    ("recorded", "message"),
+    [
+        (raw_maps(classes=3), r"'semantic_logits' has shape \(1, 4, 8, 12\).* 2 classes of the manifest"),
+        ({**raw_maps(), "center_heatmap": np.zeros((3, 8, 12), np.float32)}, "'center_heatmap' has shape"),
+        ({"semantic_logits": np.zeros((3, 8, 12), np.float32)}, "gave no center_heatmap, offset_map"),
+        (raw_maps(shape=(7, 12)), "maps cannot be grouped: .* export the step again"),
+    ],
+)
+def test_maps_that_do_not_fit_the_manifest_are_refused(recorded: dict[str, np.ndarray], message: str) -> None:
+    with pytest.raises(BackendError, match=message):
+        Predictor(color_manifest(), RecordedBackend([recorded]), post="host").predict(color_image())
+
+
+def test_recorded_maps_are_grouped() -> None:
+    maps = raw_maps()
+    maps["semantic_logits"][2, 2:6, 3:9] = 9
+    found = Predictor(color_manifest(), RecordedBackend([maps]), post="host").predict(np.zeros((*SIZE, 3), np.uint8))
+    np.testing.assert_array_equal(found.labels, [1])
+    np.testing.assert_allclose(found.boxes, [[12, 8, 36, 24]], atol=2)

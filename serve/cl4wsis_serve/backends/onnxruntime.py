@@ -1,47 +1,54 @@
 """ONNX Runtime: the CPU of any machine, or an NVIDIA GPU through its CUDA provider."""
 
-import os
-from collections.abc import Sequence
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from cl4wsis.bundle import Manifest
 from cl4wsis.errors import BackendError
-from cl4wsis_serve.backends.base import INPUT_NAME, OUTPUT_NAMES, Outputs
+from cl4wsis_serve.backends.base import (
+    INPUT_NAME,
+    Backend,
+    BackendRequest,
+    Device,
+    Outputs,
+    check_graph,
+    first_line,
+    usable_cores,
+)
 
-Device = Literal["cpu", "cuda"]
-
+_DEVICES: dict[str, Device] = {"onnxruntime": "cpu", "onnxruntime-cuda": "cuda"}
 _PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 _NUMPY_TYPES = {"tensor(uint8)": "uint8", "tensor(int32)": "int32", "tensor(float)": "float32"}
-_NAMES = {"cpu": "onnxruntime", "cuda": "onnxruntime-cuda"}
 
 
 class OnnxRuntimeBackend:
     """A graph loaded into an ONNX Runtime session.
 
     Args:
-        model: the ``.onnx`` file.
-        manifest: describes the graph; names, types and fixed sizes of inputs and outputs must agree.
-        device: ``cpu`` or ``cuda``.
-        threads: threads within one operator; all cores this process may use when not given.
+        request: names the graph; the backend's name says whether it runs on the CPU or with CUDA.
 
     Raises:
         BackendError: onnxruntime is missing or cannot load the graph, the device is not there, or the graph is not
             the one that the manifest describes.
     """
 
-    def __init__(self, model: Path, manifest: Manifest, device: Device = "cpu", threads: int | None = None) -> None:
-        self._session = _open_session(model, device, threads)
-        self._name = _NAMES[device]
-        _check_graph(self._session, model, manifest)
+    def __init__(self, request: BackendRequest) -> None:
+        self._device = _DEVICES[request.name]
+        self._name = request.name
+        self._outputs = request.output_names
+        self._session = _open_session(request, self._device)
+        check_graph(request, _tensors(self._session.get_inputs()), _tensors(self._session.get_outputs()))
 
     @property
     def name(self) -> str:
         """``onnxruntime`` on the CPU, ``onnxruntime-cuda`` on a GPU."""
         return self._name
+
+    @property
+    def device(self) -> Device:
+        """``cpu`` or ``cuda``."""
+        return self._device
 
     def run(self, images: NDArray[np.uint8]) -> Outputs:
         """Run the graph on (B, H, W, 3) uint8 images.
@@ -50,22 +57,27 @@ class OnnxRuntimeBackend:
             BackendError: the session failed, for example for want of memory.
         """
         try:
-            arrays = self._session.run(list(OUTPUT_NAMES), {INPUT_NAME: images})
+            arrays = self._session.run(self._outputs, {INPUT_NAME: images})
         except Exception as error:  # onnxruntime has no public base class for its errors
             raise BackendError(
-                f"{self.name} failed on a batch of shape {images.shape}: {_first_line(error)}; "
+                f"{self.name} failed on a batch of shape {images.shape}: {first_line(error)}; "
                 "if memory ran out, use a smaller batch size"
             ) from error
-        return dict(zip(OUTPUT_NAMES, arrays, strict=True))
+        return dict(zip(self._outputs, arrays, strict=True))
 
 
-def why_unavailable(device: Device) -> str | None:
+def open_backend(request: BackendRequest) -> Backend:
+    """Load a graph, see :class:`OnnxRuntimeBackend`."""
+    return OnnxRuntimeBackend(request)
+
+
+def why_unavailable(name: str) -> str | None:
     """Say why this backend cannot be used here, or nothing when it can; loads onnxruntime if it is installed."""
     try:
         runtime = _import_onnxruntime()
     except BackendError as error:
         return str(error)
-    provider = _PROVIDERS[device]
+    provider = _PROVIDERS[_DEVICES[name]]
     if provider not in runtime.get_available_providers():
         return _missing_provider(runtime, provider)
     return None
@@ -76,27 +88,27 @@ def _import_onnxruntime() -> Any:
         import onnxruntime
     except ImportError as error:
         raise BackendError(
-            f"onnxruntime cannot be imported ({_first_line(error)}); run: pip install 'cl4wsis[cpu]', "
+            f"onnxruntime cannot be imported ({first_line(error)}); run: pip install 'cl4wsis[cpu]', "
             "or 'cl4wsis[gpu]' on a machine with an NVIDIA GPU"
         ) from error
     return onnxruntime
 
 
-def _open_session(model: Path, device: Device, threads: int | None) -> Any:
+def _open_session(request: BackendRequest, device: Device) -> Any:
     runtime = _import_onnxruntime()
     provider = _PROVIDERS[device]
     if provider not in runtime.get_available_providers():
         raise BackendError(_missing_provider(runtime, provider))
     options = runtime.SessionOptions()
     options.log_severity_level = 4  # errors are raised, and what went wrong stands in them
-    options.intra_op_num_threads = threads or usable_cores()
+    options.intra_op_num_threads = request.threads or usable_cores()
     # TF32 has the mantissa of half precision; results would differ from those the export was checked with.
     settings = [{"use_tf32": "0"}] if device == "cuda" else [{}]
     try:
-        session = runtime.InferenceSession(model, options, providers=[provider], provider_options=settings)
+        session = runtime.InferenceSession(request.model, options, providers=[provider], provider_options=settings)
     except Exception as error:  # onnxruntime has no public base class for its errors
         raise BackendError(
-            f"{model}: onnxruntime {runtime.__version__} cannot load it: {_first_line(error)}; "
+            f"{request.model}: onnxruntime {runtime.__version__} cannot load it: {first_line(error)}; "
             "update onnxruntime or export the step again"
         ) from error
     active = session.get_providers()
@@ -108,32 +120,8 @@ def _open_session(model: Path, device: Device, threads: int | None) -> Any:
     return session
 
 
-def _check_graph(session: Any, model: Path, manifest: Manifest) -> None:
-    """Compare names, types and fixed sizes of the graph with what the manifest says about them."""
-    pairs = (("input", manifest.inputs, session.get_inputs()), ("output", manifest.outputs, session.get_outputs()))
-    for kind, stated, values in pairs:
-        found = {value.name: (_NUMPY_TYPES.get(value.type, value.type), value.shape) for value in values}
-        for tensor in stated:
-            if tensor.name not in found:
-                raise BackendError(f"{model}: the graph has no {kind} '{tensor.name}'; it has {', '.join(found)}")
-            dtype, shape = found[tensor.name]
-            if dtype != tensor.dtype or not _shapes_agree(shape, tensor.shape):
-                raise BackendError(
-                    f"{model}: {kind} '{tensor.name}' is {dtype} {_text(shape)} in the graph, "
-                    f"but {tensor.dtype} {_text(tensor.shape)} in the manifest; export the step again"
-                )
-
-
-def _shapes_agree(found: Sequence[int | str | None], stated: Sequence[int | str]) -> bool:
-    """Compare two shapes, letting a size that one of them leaves open pass."""
-    if len(found) != len(stated):
-        return False
-    fixed = ((a, b) for a, b in zip(found, stated, strict=True) if isinstance(a, int) and isinstance(b, int))
-    return all(a == b for a, b in fixed)
-
-
-def _text(shape: Sequence[int | str | None]) -> str:
-    return f"({', '.join(str(side) for side in shape)})"
+def _tensors(values: Any) -> dict[str, tuple[str, list[int | str | None]]]:
+    return {value.name: (_NUMPY_TYPES.get(value.type, value.type), value.shape) for value in values}
 
 
 def _missing_provider(runtime: Any, provider: str) -> str:
@@ -142,12 +130,3 @@ def _missing_provider(runtime: Any, provider: str) -> str:
         f"the installed onnxruntime {runtime.__version__} has no {provider} (it has {have}); "
         "on a machine with an NVIDIA GPU, run: pip uninstall onnxruntime && pip install 'cl4wsis[gpu]'"
     )
-
-
-def usable_cores() -> int:
-    """Return the number of cores this process may use, which in a container is less than the machine has."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -5,18 +5,18 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from cl4wsis.errors import BackendError
-from cl4wsis_serve.backends.base import OUTPUT_NAMES, Outputs
+from cl4wsis_serve.backends.base import Device, Outputs
 
 
 class RecordedBackend:
     """Answer the i-th image with the i-th recording, across batches, and start over at the end.
 
     Args:
-        recordings: one dict per image, the graph's outputs without the batch axis.
+        recordings: one dict per image, the graph's outputs without the batch axis; all with the same names.
     """
 
     name = "recorded"
+    device: Device = "cpu"
 
     def __init__(self, recordings: Sequence[Outputs]) -> None:
         if not recordings:
@@ -30,7 +30,4 @@ class RecordedBackend:
         start = sum(len(batch) for batch in self.batches)
         self.batches.append(images)
         chosen = [self._recordings[(start + i) % len(self._recordings)] for i in range(len(images))]
-        try:
-            return {name: np.stack([recording[name] for recording in chosen]) for name in OUTPUT_NAMES}
-        except KeyError as error:
-            raise BackendError(f"the recording lacks {error}") from error
+        return {name: np.stack([recording[name] for recording in chosen]) for name in self._recordings[0]}

@@ -1,0 +1,160 @@
+"""OpenVINO on the CPU: reads the ONNX graph as it is and compiles it for this processor.
+
+OpenVINO computes float32 graphs in bfloat16 or half precision where a CPU can, unless it is told otherwise. Here the
+graph decides: one in float32 (or int8, whose remaining layers are float32) computes in float32, one in float16 in the
+half-precision arithmetic that the CPU has.
+"""
+
+import logging
+import mmap
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cl4wsis.errors import BackendError
+from cl4wsis_serve.backends.base import (
+    INPUT_NAME,
+    Backend,
+    BackendRequest,
+    Device,
+    Outputs,
+    check_graph,
+    first_line,
+    usable_cores,
+)
+
+logger = logging.getLogger(__name__)
+
+_NUMPY_TYPES = {"u8": "uint8", "i32": "int32", "f32": "float32"}
+_HALF_TYPES = {"FP16": "f16", "BF16": "bf16"}
+"""Half-precision arithmetic by the name of the capability, the more exact first."""
+_MEMORY_MARKER = b"*/_ORT_MEM_ADDR_/*"
+"""A file name by which a graph claims that its weights lie at an address in memory; OpenVINO would read there."""
+
+
+class OpenVinoBackend:
+    """A graph compiled by OpenVINO for the CPU.
+
+    Args:
+        request: names the graph.
+
+    Raises:
+        BackendError: OpenVINO is missing or cannot load the graph, or the graph is not the one that the manifest
+            describes.
+    """
+
+    name = "openvino"
+    device: Device = "cpu"
+
+    def __init__(self, request: BackendRequest) -> None:
+        runtime = _import_openvino()
+        _refuse_memory_references(request.model)
+        core = runtime.Core()
+        self.arithmetic = _arithmetic(core, request)
+        """Floating-point type in which layers compute that are not int8: ``f32``, ``f16`` or ``bf16``."""
+        settings = {
+            "PERFORMANCE_HINT": "LATENCY",
+            "INFERENCE_PRECISION_HINT": self.arithmetic,
+            "INFERENCE_NUM_THREADS": request.threads or usable_cores(),
+            "ENABLE_CPU_PINNING": False,  # several processes would otherwise all take the same cores
+        }
+        try:
+            model = core.read_model(request.model)
+            check_graph(request, _tensors(model.inputs), _tensors(model.outputs))
+            compiled = core.compile_model(model, "CPU", settings)
+            self._call = compiled.create_infer_request()
+        except BackendError:
+            raise
+        except Exception as error:  # OpenVINO raises plain RuntimeErrors
+            raise BackendError(
+                f"{request.model}: openvino {runtime.__version__} cannot load it: {_reason(error)}; "
+                "update openvino, export the step again, or choose --backend onnxruntime"
+            ) from error
+        self._tensor = runtime.Tensor
+        self._outputs = request.output_names
+
+    def run(self, images: NDArray[np.uint8]) -> Outputs:
+        """Run the graph on (B, H, W, 3) uint8 images, which are read where they are.
+
+        Raises:
+            BackendError: the runtime failed, for example for want of memory.
+        """
+        frames = np.ascontiguousarray(images)  # its name keeps it alive until the end: OpenVINO holds no reference
+        try:
+            self._call.set_tensor(INPUT_NAME, self._tensor(frames, shared_memory=True))
+            self._call.infer()
+            return {name: self._call.get_tensor(name).data for name in self._outputs}
+        except Exception as error:  # OpenVINO raises plain RuntimeErrors
+            raise BackendError(
+                f"openvino failed on a batch of shape {images.shape}: {_reason(error)}; "
+                "if memory ran out, use a smaller batch size"
+            ) from error
+
+
+def open_backend(request: BackendRequest) -> Backend:
+    """Compile a graph, see :class:`OpenVinoBackend`."""
+    return OpenVinoBackend(request)
+
+
+def why_unavailable(name: str) -> str | None:
+    """Say why this backend cannot be used here, or nothing when it can; loads OpenVINO if it is installed."""
+    try:
+        devices = _import_openvino().Core().available_devices
+    except BackendError as error:
+        return str(error)
+    return None if "CPU" in devices else f"{name} has no CPU plugin; run: pip install --force-reinstall openvino"
+
+
+def _import_openvino() -> Any:
+    try:
+        import openvino
+    except ImportError as error:
+        raise BackendError(
+            f"openvino cannot be imported ({first_line(error)}); run: pip install 'cl4wsis[openvino]'"
+        ) from error
+    return openvino
+
+
+def _arithmetic(core: Any, request: BackendRequest) -> str:
+    if request.variant.precision != "float16":
+        return "f32"
+    capabilities = core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    found = [hint for capability, hint in _HALF_TYPES.items() if capability in capabilities]
+    if not found:
+        logger.warning(
+            "%s: this CPU has no half-precision arithmetic; openvino computes the float16 graph in float32, "
+            "no faster than the float32 graph",
+            request.model,
+        )
+    return found[0] if found else "f32"
+
+
+def _refuse_memory_references(model: Path) -> None:
+    try:
+        with model.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+            found = content.find(_MEMORY_MARKER) >= 0
+    except (OSError, ValueError) as error:
+        raise BackendError(f"{model}: cannot be read: {first_line(error)}") from error
+    if found:
+        raise BackendError(
+            f"{model}: its weights refer to memory outside the file, which no exported graph does; "
+            "do not use this file, export the step again"
+        )
+
+
+def _tensors(values: Any) -> dict[str, tuple[str, list[int | str | None]]]:
+    return {
+        value.any_name: (
+            _NUMPY_TYPES.get(value.element_type.get_type_name(), value.element_type.get_type_name()),
+            [side.get_length() if side.is_static else None for side in value.partial_shape],
+        )
+        for value in values
+    }
+
+
+def _reason(error: BaseException) -> str:
+    """Return the last line of OpenVINO's message: the first ones name its own source files."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1] if lines else type(error).__name__

@@ -1,0 +1,146 @@
+"""The OpenVINO backend: the answers of ONNX Runtime, the arithmetic that the graph states, and clear refusals."""
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from bundles import RED, SIZE, color_image, color_manifest, color_model, color_network, write_color_bundle
+from onnx import TensorProto, helper
+
+from cl4wsis.bundle import Bundle, Manifest, Post, Precision, TensorInfo, VariantInfo
+from cl4wsis.errors import BackendError
+from cl4wsis_serve import Predictor, backend_status
+from cl4wsis_serve.backends import openvino as openvino_backend
+from cl4wsis_serve.backends.base import BackendRequest
+
+pytest.importorskip("openvino", reason="needs the extra 'openvino'")
+
+
+def request_for(
+    model: Path, manifest: Manifest, post: Post = "graph", precision: Precision = "float32"
+) -> BackendRequest:
+    variant = VariantInfo(file=model.name, precision=precision, post=post, source_sha256="0" * 64)
+    return BackendRequest("openvino", Bundle(model, manifest), variant, threads=1)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("graphs")
+    onnx.save(color_model(), folder / "model.onnx")
+    onnx.save(color_network(), folder / "network.onnx")
+    return folder
+
+
+def test_it_is_ready_where_it_is_installed() -> None:
+    assert backend_status()["openvino"] is None
+
+
+@pytest.mark.parametrize("post", ["graph", "host"])
+def test_answers_are_those_of_onnxruntime(tmp_path: Path, post: Post) -> None:
+    bundle = write_color_bundle(tmp_path / "colors.cl4wsis")
+    ours, theirs = (Predictor.open(bundle, name, post=post, threads=1) for name in ("openvino", "onnxruntime"))
+    images = [color_image(*SIZE), color_image(200, 100), np.full((9, 9, 3), RED, np.uint8)]
+    for batch in (images[:1], images, images[1:]):  # batches of other sizes, up and down
+        for found, expected in zip(ours.predict_batch(batch), theirs.predict_batch(batch), strict=True):
+            np.testing.assert_array_equal(found.instance_ids, expected.instance_ids)
+            np.testing.assert_array_equal(found.labels, expected.labels)
+            np.testing.assert_allclose(found.scores, expected.scores, atol=1e-6)
+
+
+def test_images_need_not_be_contiguous(folder: Path) -> None:
+    backend = openvino_backend.OpenVinoBackend(request_for(folder / "model.onnx", color_manifest()))
+    frame = color_image(*SIZE)
+    expected = backend.run(frame[None])["instance_ids"].copy()
+    mirrored = np.ascontiguousarray(frame[:, ::-1])[:, ::-1]
+    np.testing.assert_array_equal(backend.run(mirrored[None])["instance_ids"], expected)
+
+
+def test_float32_graphs_compute_in_float32(folder: Path) -> None:
+    for precision in ("float32", "int8"):
+        request = request_for(folder / "network.onnx", color_manifest(), "host", precision)  # type: ignore[arg-type]
+        assert openvino_backend.OpenVinoBackend(request).arithmetic == "f32"
+
+
+def product_model(path: Path) -> Path:
+    """A graph whose float32 result needs more digits than half precision has: a pixel times 1 + 1/1024 + 1/4096."""
+    nodes = [
+        helper.make_node("Cast", ["images"], ["float_images"], to=TensorProto.FLOAT),
+        helper.make_node("Transpose", ["float_images"], ["planes"], perm=[0, 3, 1, 2]),
+        helper.make_node("Conv", ["planes", "weights"], ["scores"]),
+    ]
+    weights = np.eye(3, dtype=np.float32).reshape(3, 3, 1, 1) * np.float32(1 + 1 / 1024 + 1 / 4096)
+    graph = helper.make_graph(
+        nodes,
+        "product",
+        [helper.make_tensor_value_info("images", TensorProto.UINT8, ["batch", *SIZE, 3])],
+        [helper.make_tensor_value_info("scores", TensorProto.FLOAT, ["batch", 3, *SIZE])],
+        [onnx.numpy_helper.from_array(weights, "weights")],
+    )
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9), path)
+    return path
+
+
+def test_no_digits_are_lost_in_silence(tmp_path: Path) -> None:
+    path = product_model(tmp_path / "product.onnx")
+    scores = TensorInfo(name="scores", dtype="float32", shape=("batch", 3, *SIZE), meaning="")
+    request = request_for(path, color_manifest(outputs=(scores,)))
+    backend = openvino_backend.OpenVinoBackend(request)
+    backend._outputs = ("scores",)
+    images = np.full((1, *SIZE, 3), 251, np.uint8)
+    np.testing.assert_allclose(backend.run(images)["scores"], 251 * (1 + 1 / 1024 + 1 / 4096), rtol=1e-6)
+
+
+def test_half_precision_graphs_compute_in_half_or_say_that_the_cpu_cannot(
+    folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    request = request_for(folder / "network.onnx", color_manifest(), "host", "float16")
+    arithmetic = openvino_backend.OpenVinoBackend(request).arithmetic
+    assert arithmetic in ("f16", "bf16", "f32")
+    assert ("no half-precision arithmetic" in caplog.text) == (arithmetic == "f32")
+
+
+@pytest.mark.parametrize(
+    ("tensor", "message"),
+    [
+        (TensorInfo(name="masks", dtype="uint8", shape=("batch",), meaning=""), "has no output 'masks'"),
+        (TensorInfo(name="labels", dtype="int64", shape=("batch", 4), meaning=""), "'labels' is int32"),
+        (TensorInfo(name="labels", dtype="int32", shape=("batch", 64), meaning=""), r"\(batch, 64\) in the manifest"),
+    ],
+)
+def test_graph_that_is_not_the_manifest_s_is_refused(folder: Path, tensor: TensorInfo, message: str) -> None:
+    with pytest.raises(BackendError, match=message):
+        openvino_backend.OpenVinoBackend(request_for(folder / "model.onnx", color_manifest(outputs=(tensor,))))
+
+
+@pytest.mark.parametrize("content", [b"no protobuf", b""])
+def test_damaged_graph_is_named(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "damaged.onnx"
+    path.write_bytes(content)
+    with pytest.raises(BackendError, match=r"damaged\.onnx: "):
+        openvino_backend.OpenVinoBackend(request_for(path, color_manifest()))
+
+
+def test_weights_at_addresses_in_memory_are_refused(tmp_path: Path) -> None:
+    model = color_network()
+    tensor = next(t for t in model.graph.initializer if t.name == "is_color")
+    tensor.ClearField("raw_data")
+    tensor.data_location = TensorProto.EXTERNAL
+    for key, value in (("location", "*/_ORT_MEM_ADDR_/*"), ("offset", "4096"), ("length", "36")):
+        entry = tensor.external_data.add()
+        entry.key, entry.value = key, value
+    path = tmp_path / "forged.onnx"
+    path.write_bytes(model.SerializeToString())
+    with pytest.raises(BackendError, match="refer to memory outside the file"):
+        openvino_backend.OpenVinoBackend(request_for(path, color_manifest(), "host"))
+
+
+def test_failing_run_says_what_to_do(folder: Path) -> None:
+    backend = openvino_backend.OpenVinoBackend(request_for(folder / "model.onnx", color_manifest()))
+    with pytest.raises(BackendError, match="use a smaller batch size"):
+        backend.run(np.zeros((1, 5, 5, 3), np.uint8))
+
+
+def test_missing_wheel_names_the_install_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "openvino", None)
+    assert "pip install 'cl4wsis[openvino]'" in str(backend_status()["openvino"])
