@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from cl4wsis import __version__
+from cl4wsis.cli.benchmark import benchmark
 from cl4wsis.cli.convert import convert_encoder
 from cl4wsis.cli.data import check as check_data
 from cl4wsis.cli.demo import demo
@@ -21,6 +22,7 @@ from cl4wsis.cli.inspect import inspect
 from cl4wsis.cli.predict import predict
 from cl4wsis.cli.serve import serve
 from cl4wsis.cli.train import train_step
+from cl4wsis.cli.verify import verify
 from cl4wsis.errors import Cl4wsisError
 
 app = typer.Typer(
@@ -75,6 +77,8 @@ for _name, _command in (
     ("export", export),
     ("predict", predict),
     ("serve", serve),
+    ("verify", verify),
+    ("benchmark", benchmark),
     ("demo", demo),
     ("inspect", inspect),
     ("convert-encoder", convert_encoder),

@@ -24,6 +24,12 @@ def serve(
     backend: Annotated[
         str, typer.Option("--backend", help="auto, or a backend that 'cl4wsis doctor' lists as ready.")
     ] = "auto",
+    precision: Annotated[
+        str, typer.Option("--precision", help="auto (fp32), fp32, fp16 or int8, as far as the bundle holds it.")
+    ] = "auto",
+    self_test: Annotated[
+        bool, typer.Option("--self-test", help="First compare the answers to the golden inputs with those stored.")
+    ] = False,
     threads: Annotated[
         int | None, typer.Option("--threads", min=1, help="CPU threads; all usable cores when not given.")
     ] = None,
@@ -40,6 +46,7 @@ def serve(
     """
     from cl4wsis.cli.console import note
     from cl4wsis.cli.predict import newest_bundle
+    from cl4wsis.cli.verify import parse_precisions
     from cl4wsis.errors import require
 
     require("serve")
@@ -51,7 +58,8 @@ def serve(
     from cl4wsis_serve.predictor import Predictor
 
     path = bundle or newest_bundle(Path("runs"))
-    predictor = Predictor.open(path, backend, threads=threads)
+    arithmetic = parse_precisions([precision])[0] if precision != "auto" else "auto"
+    predictor = Predictor.open(path, backend, precision=arithmetic, threads=threads, self_test=self_test)
     limits = ServerLimits(max_body_bytes=max_body * _MEBIBYTE, max_batch=max_batch, max_waiting=max_waiting)
     serve_predictor(
         predictor,

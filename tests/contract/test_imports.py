@@ -18,6 +18,11 @@ OPTIONAL = (
     *("onnxruntime", "openvino", "tensorrt", "tensorrt_rtx", "cuda", "fastapi", "uvicorn", "ray"),
 )
 
+COMMANDS = (
+    *("train-step", "evaluate", "export", "predict", "inspect", "doctor", "demo"),
+    *("serve", "verify", "benchmark"),
+)
+
 BLOCKER = """
 import importlib.abc, sys
 
@@ -85,11 +90,11 @@ def test_importing_loads_no_torch_even_where_it_is_installed(package: str) -> No
 def test_help_works_without_torch_and_lists_the_commands() -> None:
     answer = cl4wsis("--help")
     assert answer.returncode == 0, answer.stderr
-    for command in ("train-step", "evaluate", "export", "predict", "inspect", "doctor", "demo"):
+    for command in COMMANDS:
         assert command in answer.stdout
 
 
-@pytest.mark.parametrize("command", ["train-step", "evaluate", "export", "predict", "inspect", "doctor", "demo"])
+@pytest.mark.parametrize("command", COMMANDS)
 def test_help_of_every_command_works_without_torch(command: str) -> None:
     answer = cl4wsis(command, "--help")
     assert answer.returncode == 0, answer.stderr

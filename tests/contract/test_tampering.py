@@ -14,7 +14,7 @@ import onnx
 import pytest
 from bundles import SIZE, color_image, color_manifest, color_model, color_network, write_color_bundle
 
-from cl4wsis.bundle import MANIFEST_FILE, MODEL_FILE, open_bundle, read_onnx_metadata
+from cl4wsis.bundle import MANIFEST_FILE, MODEL_FILE, NETWORK_FILE, open_bundle, read_onnx_metadata
 from cl4wsis.errors import BundleError, Cl4wsisError
 from cl4wsis.steps import file_sha256
 from cl4wsis_serve import Predictor
@@ -111,6 +111,16 @@ def rename_output(model: onnx.ModelProto) -> None:
     next(value for value in model.graph.output if value.name == "instance_ids").name = "masks"
 
 
+def add_channel(model: onnx.ModelProto) -> None:
+    """Let the network answer with a class more: the last map is given twice."""
+    node = next(node for node in model.graph.node if "semantic_logits" in node.output)
+    node.output[0] = "fewer"
+    model.graph.initializer.append(onnx.numpy_helper.from_array(np.array([0, 1, 2, 2]), "channels_taken"))
+    model.graph.node.append(onnx.helper.make_node("Gather", ["fewer", "channels_taken"], ["semantic_logits"], axis=1))
+    output = next(value for value in model.graph.output if value.name == "semantic_logits")
+    output.type.tensor_type.shape.dim[1].dim_value = 4
+
+
 def use_foreign_operator(model: onnx.ModelProto) -> None:
     model.graph.node[0].op_type = "Explode"
 
@@ -158,12 +168,12 @@ def add_engine(**changes: Any) -> Callable[[dict[str, Any]], None]:
 DAMAGED = {
     "a changed byte": (flip_byte(MODEL_FILE), "model.onnx: is not the file that was exported"),
     "a truncated graph": (truncate(MODEL_FILE), "model.onnx: is not the file that was exported"),
-    "a truncated host graph": (truncate("network.onnx"), "network.onnx: is not the file that was exported"),
+    "a truncated host graph": (truncate(NETWORK_FILE), "network.onnx: is not the file that was exported"),
     "a truncated golden output": (truncate("golden/0.npz"), "golden/0.npz: is not the file that was exported"),
     "no graph": (remove(MODEL_FILE), "model.onnx is missing"),
-    "no host graph": (remove("network.onnx"), "network.onnx is missing"),
+    "no host graph": (remove(NETWORK_FILE), "network.onnx is missing"),
     "a folder for a graph": (make_folder(MODEL_FILE), "model.onnx is missing"),
-    "swapped graphs": (swap(MODEL_FILE, "network.onnx"), "is not the file that was exported"),
+    "swapped graphs": (swap(MODEL_FILE, NETWORK_FILE), "is not the file that was exported"),
     "no manifest": (remove(MANIFEST_FILE), "is no bundle"),
     "a truncated manifest": (truncate(MANIFEST_FILE), "manifest.json: is damaged"),
     "a manifest of bytes": (replace_file(MANIFEST_FILE, b"\xff\xfe\x00"), "manifest.json: is damaged"),
@@ -196,7 +206,7 @@ FORGED = {
     "an unknown opset": (forged(with_model(lambda m: set_opset(m, 99))), "(?i)cannot load it: .*opset"),
     "an unknown operator": (forged(with_model(use_foreign_operator)), "cannot load it: .*Explode"),
     "another output": (forged(with_model(rename_output)), "the graph has no output 'instance_ids'; it has masks"),
-    "the host graph in its place": (forged(swap(MODEL_FILE, "network.onnx")), "the graph has no output"),
+    "the host graph in its place": (forged(swap(MODEL_FILE, NETWORK_FILE)), "the graph has no output"),
     "a class less": (edit(forget_class), r"'semantic_logits' has shape \(batch, 3, 32, 48\), but it names 1 classes"),
     "no class": (edit(lambda m: m.update(classes=[])), "classes"),
     "another input size": (
@@ -212,6 +222,27 @@ FORGED = {
         r"'labels' has shape \(batch, 4\), but max_instances is 5",
     ),
     "another type": (edit(lambda m: m["outputs"][1].update(dtype="int64")), "output 'labels' is int32"),
+}
+
+FORGED_NETWORKS = {
+    "half of it": (forged(truncate(NETWORK_FILE)), "network.onnx: onnxruntime .* cannot load it"),
+    "an unknown opset": (
+        forged(with_model(lambda m: set_opset(m, 99), NETWORK_FILE)),
+        "(?i)cannot load it: .*opset",
+    ),
+    "the whole graph in its place": (
+        forged(swap(MODEL_FILE, NETWORK_FILE)),
+        "the graph has no output 'semantic_logits'",
+    ),
+    "a class more than in the manifest": (
+        forged(with_model(add_channel, NETWORK_FILE)),
+        r"'semantic_logits'.* \(batch, 4, 32, 48\)",
+    ),
+    "a class less in the manifest": (edit(forget_class), "'semantic_logits' has shape .*, but it names 1 classes"),
+    "no host graph in the manifest": (
+        edit(lambda m: m["variants"].pop(1)),
+        "holds no float32 graph with post=host, only float32 with post=graph; export the step again",
+    ),
 }
 
 
@@ -231,7 +262,23 @@ def test_a_forged_bundle_gives_no_answer(bundle: Path, name: str) -> None:
     damage, message = FORGED[name]
     damage(bundle)
     with pytest.raises(Cl4wsisError, match=message):
-        open_and_predict(bundle)
+        open_and_predict(bundle, post="graph")
+
+
+@pytest.mark.parametrize("name", FORGED_NETWORKS)
+def test_a_forged_host_graph_gives_no_answer(bundle: Path, name: str) -> None:
+    damage, message = FORGED_NETWORKS[name]
+    open_and_predict(bundle, post="host")
+    damage(bundle)
+    with pytest.raises(Cl4wsisError, match=message):
+        open_and_predict(bundle, post="host")
+
+
+@pytest.mark.parametrize("choice", [{"precision": "int8"}, {"precision": "float16", "post": "graph"}])
+def test_a_variant_that_is_not_there_names_the_way_to_it(bundle: Path, choice: dict[str, str]) -> None:
+    option = {"int8": "int8", "float16": "fp16"}[choice["precision"]]
+    with pytest.raises(BundleError, match=f"holds no {choice['precision']} graph.*export .* --precision {option}"):
+        Predictor.open(bundle, "onnxruntime", **choice)
 
 
 # --- lone graphs ---
@@ -302,7 +349,7 @@ def test_classes_beyond_the_manifest_are_not_named_by_guess(bundle: Path) -> Non
 
     forged(with_model(add_class))(bundle)
     with pytest.raises(Cl4wsisError, match="the graph gave class 7, but the manifest has 2 classes"):
-        open_and_predict(bundle)
+        open_and_predict(bundle, post="graph")
 
 
 def test_the_original_is_opened(bundle: Path, graph: Path) -> None:

@@ -25,9 +25,10 @@ MODEL = "/v2/models/colors-step1"
 JSON_LENGTH = "Inference-Header-Content-Length"
 
 
-@pytest.fixture
-def predictor(tmp_path: Path) -> Predictor:
-    return Predictor.open(write_color_bundle(tmp_path / "colors.cl4wsis"), "onnxruntime", threads=1)
+@pytest.fixture(params=["graph", "host"])
+def predictor(tmp_path: Path, request: pytest.FixtureRequest) -> Predictor:
+    path = write_color_bundle(tmp_path / "colors.cl4wsis")
+    return Predictor.open(path, "onnxruntime", post=request.param, threads=1)
 
 
 @pytest.fixture
@@ -59,12 +60,12 @@ def test_health_and_metadata(client: TestClient) -> None:
     assert outputs["boxes"] == ("FP32", [-1, SLOTS, 4])
 
 
-def test_infer_gives_the_graph_s_arrays(client: TestClient, predictor: Predictor) -> None:
-    frames = np.stack([frame(0), np.zeros((*SIZE, 3), np.uint8)])
+def test_infer_gives_the_graph_s_arrays_wherever_pixels_are_grouped(client: TestClient, tmp_path: Path) -> None:
+    frames = np.stack([color_image(*SIZE), np.zeros((*SIZE, 3), np.uint8)])
     answer = client.post(f"{MODEL}/infer", json={"id": "17", **infer_request(frames)}).json()
     assert (answer["id"], answer["model_name"], answer["model_version"]) == ("17", "colors-step1", "2")
     outputs = {o["name"]: np.reshape(o["data"], o["shape"]) for o in answer["outputs"]}
-    of_graph = predictor.backend.run(frames)
+    of_graph = Predictor.open(tmp_path / "colors.cl4wsis", "onnxruntime", post="graph").backend.run(frames)
     for name in ("instance_ids", "labels", "areas"):
         np.testing.assert_array_equal(outputs[name], of_graph[name], err_msg=name)
     np.testing.assert_allclose(outputs["scores"], of_graph["scores"], rtol=1e-6)
