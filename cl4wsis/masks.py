@@ -7,6 +7,9 @@ import numpy as np
 from numpy.typing import NDArray
 from pycocotools import mask as coco_mask
 
+_FARTHEST_POINT = 10  # image sizes; a polygon that reaches farther is a mistake
+_LONGEST_NUMBER = 7  # characters of a number in compressed RLE; 35 bits
+
 
 def rle_from_masks(masks: NDArray[np.bool_]) -> list[dict[str, Any]]:
     """Encode masks as COCO compressed RLE.
@@ -45,22 +48,53 @@ def mask_from_segmentation(segmentation: Any, height: int, width: int) -> NDArra
     Raises:
         ValueError: the segmentation is empty, of an unknown form, or of another size.
     """
-    rle = _rle_from_segmentation(segmentation, height, width)
-    if list(rle["size"]) != [height, width]:
-        raise ValueError(f"mask of size {list(rle['size'])} in an image of size {[height, width]} (height, width)")
-    decoded: NDArray[np.bool_] = coco_mask.decode(rle).astype(bool)
+    decoded: NDArray[np.bool_] = coco_mask.decode(_rle_from_segmentation(segmentation, height, width)).astype(bool)
     return decoded
 
 
 def _rle_from_segmentation(segmentation: Any, height: int, width: int) -> Any:
-    if isinstance(segmentation, dict) and isinstance(segmentation.get("counts"), list):
-        return coco_mask.frPyObjects(segmentation, *segmentation["size"])
-    if isinstance(segmentation, dict) and isinstance(segmentation.get("counts"), str | bytes):
-        return segmentation
+    """Bring a segmentation into compressed RLE. pycocotools trusts what it is given, so everything is checked here."""
+    if isinstance(segmentation, dict) and isinstance(segmentation.get("counts"), list | str | bytes):
+        counts, size = segmentation["counts"], segmentation.get("size")
+        if not isinstance(size, list | tuple) or list(size) != [height, width]:
+            raise ValueError(f"mask of size {size} in an image of size {[height, width]} (height, width)")
+        runs = np.array(counts) if isinstance(counts, list) else _runs_of(counts)
+        if runs.dtype.kind not in "iu" or (runs < 0).any() or runs.sum() != height * width:
+            raise ValueError(f"run lengths do not add up to the {height * width} pixels of the image; RLE is damaged")
+        return coco_mask.frPyObjects(segmentation, height, width) if isinstance(counts, list) else segmentation
     polygons = [p for p in segmentation if len(p) >= 6] if isinstance(segmentation, list) else []
     if not polygons:
         raise ValueError("segmentation is neither RLE nor a polygon of three points or more")
+    limit = _FARTHEST_POINT * max(height, width)  # drawing takes memory for every pixel of the outline
+    if not all(-limit <= value <= limit for polygon in polygons for value in polygon):
+        raise ValueError(f"polygon has a point more than {limit} px away from an image of {width}x{height} px")
     return coco_mask.merge(coco_mask.frPyObjects(polygons, height, width))
+
+
+def _runs_of(counts: str | bytes) -> NDArray[np.int64]:
+    """Decode the text of a compressed RLE into run lengths.
+
+    A number is written in groups of five bits, lowest first, one character from 48 on each; bit 5 says that another
+    group follows, and bit 4 of the last one is the sign. From the fourth number on, a run is told by what it has more
+    than the run before the last.
+
+    Raises:
+        ValueError: the text is damaged.
+    """
+    text = counts.encode("ascii", "replace") if isinstance(counts, str) else counts
+    codes = np.frombuffer(text, np.uint8).astype(np.int64) - 48
+    is_last = (codes & 32) == 0
+    lasts = np.flatnonzero(is_last)
+    lengths = np.diff(lasts, prepend=-1)
+    if not len(codes) or codes.min() < 0 or codes.max() > 63 or not is_last[-1] or lengths.max() > _LONGEST_NUMBER:
+        raise ValueError("text of the RLE is damaged")
+    starts = lasts - lengths + 1
+    shifts = 5 * (np.arange(len(codes)) - np.repeat(starts, lengths))
+    numbers = np.add.reduceat((codes & 31) << shifts, starts)
+    numbers -= np.where(codes[lasts] & 16, np.int64(1) << (5 * lengths), 0)
+    for first in (1, 2):
+        numbers[first::2] = np.cumsum(numbers[first::2])
+    return numbers
 
 
 def mask_iou(predictions: Sequence[dict[str, Any]], ground_truths: Sequence[dict[str, Any]]) -> NDArray[np.float64]:

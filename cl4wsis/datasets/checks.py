@@ -24,7 +24,7 @@ from cl4wsis.datasets.plans import (
     missing_evaluation_classes,
     sources_of_masks,
 )
-from cl4wsis.datasets.problems import LISTED_PROBLEMS, problems_of, raise_problems
+from cl4wsis.datasets.problems import problems_of, raise_problems
 from cl4wsis.datasets.views import build_step_view, learns_from_masks
 from cl4wsis.errors import DataError
 from cl4wsis.proposals import read_proposals
@@ -32,6 +32,8 @@ from cl4wsis.shapes import check_shape_names, draw_evaluation_picture
 from cl4wsis.tasks import CocoSource, FileData, FileSource, Plan, SbdSource, ShapesData
 
 logger = logging.getLogger(__name__)
+
+_LISTED_NAMES = 5
 
 FileImage = TaggedImage | AnnotatedImage | IndexedImage
 Progress = Callable[[int, int], None]
@@ -238,7 +240,7 @@ class _Survey:
         unusable = [picture.name for picture in pictures if not self._is_usable(picture)]
         chosen = [picture for picture in pictures if self._is_usable(picture) and view.selects(picture.tags)]
         if unusable:
-            listed = ", ".join(unusable[:LISTED_PROBLEMS]) + (", ..." if len(unusable) > LISTED_PROBLEMS else "")
+            listed = ", ".join(unusable[:_LISTED_NAMES]) + (", ..." if len(unusable) > _LISTED_NAMES else "")
             text = f"{file}: {len(unusable)} images without a usable label are left out: {listed}"
             self._add(where, "no usable label", [text], is_broken=False)
         if not chosen:
@@ -289,10 +291,15 @@ class _Survey:
         names = plan.split(step).seen_names
         for picture in pictures:
             self._use(picture, where, names, is_training=False)
+        classes = _count_classes(pictures, names, True)
+        absent = [count.name for count in classes if not count.images]
+        if absent:
+            text = f"no object to be measured on: {', '.join(absent)}"
+            self._add(where, "no objects", [text], is_broken=False)
         self.evaluation = EvaluationSummary(
             images=len(pictures),
             without_objects=sum(picture.tags.isdisjoint(names) for picture in pictures),
-            classes=_count_classes(pictures, names, True),
+            classes=classes,
         )
 
     def _use(self, picture: Picture, where: str, mask_names: Iterable[str], is_training: bool) -> None:
@@ -323,9 +330,12 @@ class _Survey:
                 if progress is not None:
                     progress(done, len(uses))
         if find_duplicates:
-            shared = [digest for digest in digests[False] if digest in digests[True]]
+            pairs = [
+                (path, digests[True][digest]) for digest, path in digests[False].items() if digest in digests[True]
+            ]
             texts = [
-                f"{digests[False][d]}: is the same image as {digests[True][d]}, which is trained on" for d in shared
+                f"{path}: is trained on{'' if path == other else f', as {other},'} and measured on"
+                for path, other in pairs
             ]
             self._add("evaluation", "duplicate", texts)
 

@@ -129,8 +129,9 @@ def _read_masks(class_mask: Path, object_mask: Path) -> tuple[NDArray[np.int32],
 def _majority_labels(classes: NDArray[np.int32], objects: NDArray[np.int32], values: list[int]) -> list[int]:
     """Return the most frequent class of each object, background aside; 0 where an object lies on background alone."""
     inside = (objects > 0) & (classes > 0)
-    counts = np.zeros((max(values, default=0) + 1, VOID_VALUE + 1), np.int64)
-    np.add.at(counts, (objects[inside], classes[inside]), 1)
+    num_classes = VOID_VALUE + 1
+    pairs = objects[inside] * num_classes + classes[inside]
+    counts = np.bincount(pairs, minlength=(max(values, default=0) + 1) * num_classes).reshape(-1, num_classes)
     return [int(counts[value].argmax()) for value in values]
 
 

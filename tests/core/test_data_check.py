@@ -119,11 +119,16 @@ def damage(root: Path, what: str) -> None:
     [
         ("missing", "step 0", "unreadable image", "train/a.jpg: cannot be read"),
         ("corrupt", "step 0", "unreadable image", "train/a.jpg: ends before the image is complete"),
-        ("other size", "step 0", "unreadable image", "train/a.jpg: is 10x10 px (width x height), but annotated as 64x48"),
+        (
+            "other size",
+            "step 0",
+            "unreadable image",
+            "train/a.jpg: is 10x10 px (width x height), but annotated as 64x48",
+        ),
         ("mask of other size", "step 0", "unreadable mask", "a.jpg: mask of 'cat': mask of size [5, 5]"),
         ("no mask", "step 0", "unreadable mask", "a.jpg: mask of 'cat': segmentation is neither"),
         ("broken code", "step 0", "unreadable mask", "a.jpg: mask of 'cat': "),
-        ("duplicate", "evaluation", "duplicate", "val/w.jpg: is the same image as "),
+        ("duplicate", "evaluation", "duplicate", "train/a.jpg, and measured on"),
         ("no folder", "step 0", "annotations", "train: is not a folder of images"),
         ("unknown category", "step 0", "annotations", "there is no category with id 77"),
         ("no class", "step 0", "missing class", "class 'cat' of the plan does not occur"),
@@ -218,3 +223,17 @@ def test_an_image_may_be_in_several_steps_but_not_in_training_and_evaluation(tmp
     shutil.copy(tmp_path / "train" / "b.jpg", tmp_path / "val" / "v.jpg")
     report = check_plan(plan)
     assert found(report) == [("evaluation", "duplicate")]
+
+
+def test_training_images_used_for_evaluation_are_told_apart_from_copies(tmp_path: Path) -> None:
+    plan = make_plan(tmp_path, "voc", data={"val": {"split": "train"}})
+    report = check_plan(plan)
+    assert set(found(report)) == {("evaluation", "duplicate")}
+    assert f"{tmp_path / 'JPEGImages' / 'a.jpg'}: is trained on and measured on" in messages(report)
+
+
+def test_classes_that_cannot_be_measured_are_told(tmp_path: Path) -> None:
+    plan = make_plan(tmp_path, "voc", steps=(("cat",), ("dog",), ("sheep",)))
+    report = check_plan(plan)
+    assert ("evaluation", "no objects") in found(report, is_broken=False)
+    assert "no object to be measured on: sheep" in messages(report)

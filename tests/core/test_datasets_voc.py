@@ -259,7 +259,10 @@ def write_mat(path: Path, **content: Any) -> None:
         (b"poison", r"2007_000001\.mat: is no MATLAB file"),
         ({"GTother": {"a": 1}}, r"2007_000001\.mat: has no GTinst with Segmentation and Categories"),
         ({"GTinst": {"Segmentation": np.ones((4, 4), np.uint8), "Categories": [[21]]}}, "names class 21"),
-        ({"GTinst": {"Segmentation": np.full((4, 4), 2, np.uint8), "Categories": [[1]]}}, "object 2 of the mask has no"),
+        (
+            {"GTinst": {"Segmentation": np.full((4, 4), 2, np.uint8), "Categories": [[1]]}},
+            "object 2 of the mask has no",
+        ),
         ({"GTinst": {"Segmentation": np.ones((4, 4)), "Categories": [[1]]}}, "expected whole numbers"),
     ],
     ids=["no mat", "other struct", "class 21", "object without class", "floats"],
