@@ -25,7 +25,7 @@ from typing import Annotated, Any, BinaryIO, Literal
 
 from pydantic import AfterValidator, Field, ValidationError
 
-from cl4wsis.checks import Limits, VariantCheck
+from cl4wsis.checks import Agreement, Limits, VariantCheck
 from cl4wsis.config import Settings
 from cl4wsis.errors import BundleError
 from cl4wsis.grouping import GroupingSpec
@@ -124,6 +124,8 @@ class VariantInfo(Settings):
     """SHA-256 of that file."""
     types: dict[str, int] = Field(default_factory=dict)
     """Number of layers with weights by their arithmetic; an engine built from the graph must have the same."""
+    agreement: Agreement | None = None
+    """How its answers agreed with those of ``model.onnx`` before it was packed; none for that file itself."""
 
 
 class GoldenCase(Settings):
@@ -482,6 +484,13 @@ def _check_files(bundle: Bundle) -> None:
             raise BundleError(
                 f"{path}: is not the file that was exported (its SHA-256 differs from the manifest); "
                 "copy the bundle again or export the step again"
+            )
+    graphs = {files[name] for name in (MODEL_FILE, *(variant.file for variant in bundle.manifest.variants))}
+    for engine in bundle.manifest.engines:
+        if engine.graph_sha256 not in graphs:
+            raise BundleError(
+                f"{bundle.path / engine.file}: was built from another graph than those of this bundle; "
+                "build it again from this bundle"
             )
 
 

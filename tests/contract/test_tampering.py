@@ -165,6 +165,29 @@ def add_engine(**changes: Any) -> Callable[[dict[str, Any]], None]:
     return lambda manifest: manifest.update(engines=[{**entry, **changes}])
 
 
+def with_engine(graph: str | None = None) -> Damage:
+    """Put an engine into the bundle, with its hash; built from ``model.onnx`` unless another graph is named."""
+
+    def damage(bundle: Path) -> None:
+        (bundle / "engines").mkdir()
+        (bundle / "engines/a.engine").write_bytes(b"engine" * 1000)
+        own = file_sha256(bundle / MODEL_FILE)
+        edit(add_engine(graph_sha256=graph or own))(bundle)
+        edit(lambda m: m["files"].update({"engines/a.engine": file_sha256(bundle / "engines/a.engine")}))(bundle)
+
+    return damage
+
+
+def both(*steps: Damage) -> Damage:
+    """Do one after the other."""
+
+    def damage(bundle: Path) -> None:
+        for step in steps:
+            step(bundle)
+
+    return damage
+
+
 DAMAGED = {
     "a changed byte": (flip_byte(MODEL_FILE), "model.onnx: is not the file that was exported"),
     "a truncated graph": (truncate(MODEL_FILE), "model.onnx: is not the file that was exported"),
@@ -197,6 +220,12 @@ DAMAGED = {
         "'/etc/passwd' leads out of the bundle",
     ),
     "an engine without a hash": (edit(add_engine()), r"gives no hash for engines/a\.engine"),
+    "a truncated engine": (
+        both(with_engine(), truncate("engines/a.engine")),
+        "engines/a.engine: is not the file that was exported",
+    ),
+    "a lost engine": (both(with_engine(), remove("engines/a.engine")), "engines/a.engine is missing"),
+    "an engine of another graph": (with_engine(graph="ab" * 32), "engines/a.engine: was built from another graph"),
     "an engine elsewhere": (edit(add_engine(file="../a.engine")), "'../a.engine' leads out of the bundle"),
 }
 
@@ -353,6 +382,7 @@ def test_classes_beyond_the_manifest_are_not_named_by_guess(bundle: Path) -> Non
 
 
 def test_the_original_is_opened(bundle: Path, graph: Path) -> None:
+    with_engine()(bundle)
     assert open_bundle(bundle).manifest.input.size == open_bundle(graph).manifest.input.size == SIZE
     open_and_predict(bundle)
     open_and_predict(graph)
