@@ -26,6 +26,7 @@ _DISTRIBUTIONS = (
     "onnxruntime-gpu",
     "tensorrt",
     "tensorrt-rtx",
+    "cuda-python",
     "openvino",
     "fastapi",
 )
@@ -33,11 +34,33 @@ _PARTS = {
     "train": "train-step, evaluate a trained step",
     "export": "export",
     "cpu": "predict and evaluate a bundle",
+    "openvino": "predict faster on a CPU",
     "trt": "TensorRT engines",
     "trt-rtx": "TensorRT-RTX engines",
-    "openvino": "OpenVINO",
     "serve": "the HTTP server",
 }
+_COLLIDING_WHEELS = (
+    (
+        (
+            "onnxruntime",
+            "onnxruntime-gpu",
+            "onnxruntime-openvino",
+            "onnxruntime-directml",
+            "onnxruntime-qnn",
+            "onnxruntime-rocm",
+            "onnxruntime-migraphx",
+            "onnxruntime-training",
+            "ort-nightly",
+            "ort-nightly-gpu",
+        ),
+        "pip install 'cl4wsis[gpu]' (or 'cl4wsis[cpu]')",
+    ),
+    (
+        ("opencv-python", "opencv-python-headless", "opencv-contrib-python", "opencv-contrib-python-headless"),
+        "pip install opencv-python-headless",
+    ),
+)
+"""Wheels that put files into the same folder, and how to end up with the right one alone."""
 
 
 def doctor(as_json: JsonOption = False) -> None:
@@ -96,10 +119,11 @@ def _providers() -> list[str]:
     return list(onnxruntime.get_available_providers())
 
 
-def _backends() -> dict[str, str | None]:
-    from cl4wsis_serve import backend_status
+def _backends() -> dict[str, dict[str, str | None]]:
+    """Say of every backend what it runs on, and why it cannot be used here (none: it can)."""
+    from cl4wsis_serve import BACKENDS, backend_status
 
-    return backend_status()
+    return {name: {"device": BACKENDS[name].device, "reason": reason} for name, reason in backend_status().items()}
 
 
 def gpu_names() -> list[str]:
@@ -118,16 +142,15 @@ def gpu_names() -> list[str]:
 def _wheel_problems(versions: dict[str, str | None]) -> list[str]:
     """Find wheels that overwrite each other's files."""
     problems = []
-    if versions["onnxruntime"] and versions["onnxruntime-gpu"]:
-        problems.append(
-            "onnxruntime and onnxruntime-gpu are both installed and overwrite each other; run: "
-            "pip uninstall -y onnxruntime onnxruntime-gpu && pip install 'cl4wsis[gpu]' (or 'cl4wsis[cpu]')"
-        )
-    if versions["opencv-python"] and versions["opencv-python-headless"]:
-        problems.append(
-            "opencv-python and opencv-python-headless are both installed and overwrite each other; run: "
-            "pip uninstall -y opencv-python opencv-python-headless && pip install opencv-python-headless"
-        )
+    for wheels, remedy in _COLLIDING_WHEELS:
+        present = [name for name in wheels if versions.get(name) or _version(name)]
+        if len(present) > 1:
+            both = "both" if len(present) == 2 else "all"
+            names = f"{', '.join(present[:-1])} and {present[-1]}"
+            problems.append(
+                f"{names} are {both} installed and overwrite each other; run: "
+                f"pip uninstall -y {' '.join(present)} && {remedy}"
+            )
     return problems
 
 
@@ -148,5 +171,5 @@ def _print(findings: dict[str, Any]) -> None:
     print_table("Packages", ("package", "version"), findings["packages"].items())
     parts = ((extra, use, findings["parts"][extra] or "ready") for extra, use in _PARTS.items())
     print_table("Parts", ("extra", "for", "state"), parts)
-    backends = ((name, reason or "ready") for name, reason in findings["backends"].items())
-    print_table("Backends of predict, in the order of --backend auto", ("backend", "state"), backends)
+    backends = ((name, found["device"], found["reason"] or "ready") for name, found in findings["backends"].items())
+    print_table("Backends, in the order of --backend auto", ("backend", "device", "state"), backends)

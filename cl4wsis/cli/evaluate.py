@@ -5,7 +5,21 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cl4wsis.cli.options import ConfigOption, JsonOption, MethodOption, RunOption, SetOption
+from cl4wsis.cli.options import (
+    AllowFallbackOption,
+    BackendOption,
+    ConfigOption,
+    JsonOption,
+    MethodOption,
+    PostChoice,
+    PostOption,
+    PrecisionChoice,
+    PrecisionOption,
+    RunOption,
+    Runtime,
+    SetOption,
+    ThreadsOption,
+)
 
 if TYPE_CHECKING:
     from cl4wsis.metrics import EvaluationReport
@@ -24,7 +38,11 @@ def evaluate(
     method: MethodOption = None,
     run: RunOption = None,
     settings: SetOption = None,
-    backend: Annotated[str, typer.Option("--backend", help="auto, onnxruntime or onnxruntime-cuda.")] = "auto",
+    backend: BackendOption = "auto",
+    precision: PrecisionOption = PrecisionChoice.AUTO,
+    post: PostOption = PostChoice.AUTO,
+    allow_fallback: AllowFallbackOption = False,
+    threads: ThreadsOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Measure AP and IoU per class on the plan's evaluation images; a bundle needs no torch."""
@@ -37,7 +55,8 @@ def evaluate(
     folder = run or Path("runs") / plan.name
     if step is None:
         path = bundle or newest_bundle(folder)
-        report, title = evaluate_bundle(path, plan, backend), str(path)
+        runtime = Runtime(backend, precision, post, threads, allow_fallback)
+        report, title = evaluate_bundle(path, plan, runtime), str(path)
     elif bundle is not None:
         raise typer.BadParameter("give --bundle or --step, not both")
     else:
@@ -48,13 +67,12 @@ def evaluate(
         print_report(report, title)
 
 
-def evaluate_bundle(path: Path, plan: "Plan", backend: str = "auto") -> "EvaluationReport":
+def evaluate_bundle(path: Path, plan: "Plan", runtime: Runtime | None = None) -> "EvaluationReport":
     """Measure a bundle through the runtime, with a progress bar."""
     from cl4wsis.cli.console import progress_bar
     from cl4wsis_serve.evaluate import evaluate_predictor
-    from cl4wsis_serve.predictor import Predictor
 
-    predictor = Predictor.open(path, backend)
+    predictor = (runtime or Runtime()).open(path)
     with progress_bar() as bar:
         task = bar.add_task("evaluate", total=None)
         return evaluate_predictor(predictor, plan, lambda done, total: bar.update(task, completed=done, total=total))

@@ -1,9 +1,13 @@
 """Options that several commands share, so that each is spelled and explained the same everywhere."""
 
+from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 import typer
+
+if TYPE_CHECKING:
+    from cl4wsis_serve.predictor import Predictor
 
 ConfigOption = Annotated[
     str, typer.Option("--config", "-c", help="Plan: a TOML file, or the name of one that comes with cl4wsis.")
@@ -21,3 +25,73 @@ MethodOption = Annotated[
 RunOption = Annotated[Path | None, typer.Option("--run", help="Run folder; runs/<plan name> when not given.")]
 DeviceOption = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or mps.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+
+
+class PrecisionChoice(StrEnum):
+    """Arithmetic of the network to run."""
+
+    AUTO = "auto"
+    FP32 = "fp32"
+    FP16 = "fp16"
+    INT8 = "int8"
+
+
+class PostChoice(StrEnum):
+    """Where pixels are grouped into instances."""
+
+    AUTO = "auto"
+    GRAPH = "graph"
+    HOST = "host"
+
+
+BackendOption = Annotated[str, typer.Option("--backend", help="auto, or a backend that 'cl4wsis doctor' lists.")]
+PrecisionOption = Annotated[
+    PrecisionChoice,
+    typer.Option("--precision", help="Arithmetic of the network; auto is fp32. The bundle must hold it."),
+]
+PostOption = Annotated[
+    PostChoice,
+    typer.Option("--post", help="Where pixels are grouped; auto: on the host beside a CPU, in the graph on a GPU."),
+]
+ThreadsOption = Annotated[
+    int | None, typer.Option("--threads", min=1, help="CPU threads; all usable cores when not given.")
+]
+AllowFallbackOption = Annotated[
+    bool, typer.Option("--allow-fallback", help="Use another backend where the one asked for, or a GPU, does not work.")
+]
+
+
+class Runtime(NamedTuple):
+    """What the options say about how a bundle is to be run."""
+
+    backend: str = "auto"
+    precision: PrecisionChoice = PrecisionChoice.AUTO
+    post: PostChoice = PostChoice.AUTO
+    threads: int | None = None
+    allow_fallback: bool = False
+
+    def open(self, bundle: Path) -> "Predictor":
+        """Open a bundle so, telling on stderr what was chosen and what was passed over.
+
+        Raises:
+            BundleError: the bundle is missing, damaged, not one of ours, or holds no such graph.
+            BackendError: the backend is unknown or cannot run here.
+        """
+        from cl4wsis.bundle import PRECISION_OPTIONS
+        from cl4wsis.cli.console import note
+        from cl4wsis_serve.predictor import Predictor
+
+        spelled = {PrecisionChoice(option): precision for precision, option in PRECISION_OPTIONS.items()}
+        predictor = Predictor.open(
+            bundle,
+            self.backend,
+            precision=spelled.get(self.precision, "auto"),
+            post=self.post.value,
+            threads=self.threads,
+            allow_fallback=self.allow_fallback,
+        )
+        precision = PRECISION_OPTIONS[predictor.precision]
+        note(f"{bundle} on {predictor.backend.name}, {precision}, grouping: {predictor.post}")
+        if predictor.skipped:
+            note(f"passed over: {', '.join(predictor.skipped)} (see 'cl4wsis doctor', or --json for the reasons)")
+        return predictor

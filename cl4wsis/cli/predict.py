@@ -7,7 +7,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from cl4wsis.cli.options import JsonOption
+from cl4wsis.cli.options import (
+    AllowFallbackOption,
+    BackendOption,
+    JsonOption,
+    PostChoice,
+    PostOption,
+    PrecisionChoice,
+    PrecisionOption,
+    Runtime,
+    ThreadsOption,
+)
 
 if TYPE_CHECKING:
     from cl4wsis_serve.predictor import Predictor
@@ -31,11 +41,12 @@ def predict(
     save: Annotated[
         str, typer.Option("--save", help=f"What to write, separated by commas: {', '.join(FORMATS)}.")
     ] = ",".join(FORMATS),
-    backend: Annotated[str, typer.Option("--backend", help="auto, onnxruntime or onnxruntime-cuda.")] = "auto",
+    backend: BackendOption = "auto",
+    precision: PrecisionOption = PrecisionChoice.AUTO,
+    post: PostOption = PostChoice.AUTO,
+    allow_fallback: AllowFallbackOption = False,
     batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Images per run of the graph.")] = 1,
-    threads: Annotated[
-        int | None, typer.Option("--threads", min=1, help="CPU threads; all usable cores when not given.")
-    ] = None,
+    threads: ThreadsOption = None,
     min_score: Annotated[
         float, typer.Option("--min-score", min=0.0, max=1.0, help="Leave out instances with a lower score.")
     ] = 0.0,
@@ -55,7 +66,8 @@ def predict(
         raise typer.BadParameter("--resume reads the id maps of the earlier run, so --save must contain 'ids'")
 
     path = bundle or newest_bundle(Path("runs"))
-    summary = predict_sources(sources, path, out, formats, backend, threads, batch_size, min_score, resume)
+    runtime = Runtime(backend, precision, post, threads, allow_fallback)
+    summary = predict_sources(sources, path, out, formats, runtime, batch_size, min_score, resume)
     _report(summary, as_json)
     if summary["failed"]:
         raise typer.Exit(1)
@@ -66,8 +78,7 @@ def predict_sources(
     bundle: Path,
     out: Path,
     formats: list[str],
-    backend: str = "auto",
-    threads: int | None = None,
+    runtime: Runtime | None = None,
     batch_size: int = 1,
     min_score: float = 0.0,
     resume: bool = False,
@@ -79,14 +90,19 @@ def predict_sources(
     """
     from cl4wsis.cli.console import note
     from cl4wsis_serve.files import find_images
-    from cl4wsis_serve.predictor import Predictor
 
     images = find_images(sources, skip=out)
-    predictor = Predictor.open(bundle, backend, threads)
-    note(f"images: {len(images)}, {bundle} on {predictor.backend.name}")
+    note(f"images: {len(images)}")
+    predictor = (runtime or Runtime()).open(bundle)
     ids, writers = _build_writers(predictor, out, formats, min_score)
     summary = _predict_all(predictor, images, ids if resume else None, writers, batch_size, min_score)
-    return {"bundle": str(bundle), "backend": predictor.backend.name, "out": str(out), **summary}
+    chosen = {
+        "backend": predictor.backend.name,
+        "precision": predictor.precision,
+        "post": predictor.post,
+        "skipped": predictor.skipped,
+    }
+    return {"bundle": str(bundle), **chosen, "out": str(out), **summary}
 
 
 def newest_bundle(folder: Path) -> Path:

@@ -48,9 +48,9 @@ def select_backend(
         device_of(backend)  # an unknown name is an error whatever is allowed
         candidates = [backend, *candidates] if allow_fallback else [backend]
     for name in candidates:
-        notes, variant = _variant(bundle, arithmetic, post, device_of(name))
         reason = why_unavailable(name)
         if reason is None:
+            notes, variant = _variant(bundle, arithmetic, post, device_of(name))
             try:
                 opened = open_backend(BackendRequest(name, bundle, variant, threads))
                 return Selection(opened, variant, {**skipped, **notes})

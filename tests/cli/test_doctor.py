@@ -30,22 +30,28 @@ def test_findings_cover_packages_parts_and_backends() -> None:
     answer = RUNNER.invoke(app, ["doctor", "--json"])
     findings = json.loads(answer.stdout)
     assert findings["packages"]["numpy"] == importlib.metadata.version("numpy")
-    assert tuple(findings["backends"]) == BACKENDS
-    assert findings["backends"]["onnxruntime"] is None
+    assert tuple(findings["backends"]) == tuple(BACKENDS)
+    assert findings["backends"]["onnxruntime"] == {"device": "cpu", "reason": None}
+    assert {found["device"] for found in findings["backends"].values()} == {"cpu", "cuda"}
     assert "CPUExecutionProvider" in findings["onnxruntime_providers"]
     assert findings["parts"]["cpu"] is None
 
 
 def test_tables_name_the_same() -> None:
     answer = RUNNER.invoke(app, ["doctor"])
-    for part in ("opencv-python-headless", "onnxruntime-cuda", "train-step"):
+    for part in ("opencv-python-headless", *BACKENDS, "train-step"):
         assert part in answer.stdout
 
 
 @pytest.mark.parametrize(
     "pair",
-    [("onnxruntime", "onnxruntime-gpu"), ("opencv-python", "opencv-python-headless")],
-    ids=["onnxruntime", "opencv"],
+    [
+        ("onnxruntime", "onnxruntime-gpu"),
+        ("onnxruntime", "onnxruntime-openvino"),
+        ("opencv-python", "opencv-python-headless"),
+        ("opencv-python-headless", "opencv-contrib-python"),
+    ],
+    ids=" ".join,
 )
 def test_wheels_that_overwrite_each_other_are_a_problem(monkeypatch: pytest.MonkeyPatch, pair: tuple[str, str]) -> None:
     pretend_installed(monkeypatch, *pair)
@@ -57,11 +63,18 @@ def test_wheels_that_overwrite_each_other_are_a_problem(monkeypatch: pytest.Monk
     assert "pip uninstall" in answer.stderr
 
 
+def test_all_colliding_wheels_are_named_in_one_problem(monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend_installed(monkeypatch, "onnxruntime", "onnxruntime-gpu", "ort-nightly")
+    (problem,) = json.loads(RUNNER.invoke(app, ["doctor", "--json"]).stdout)["problems"]
+    assert "onnxruntime, onnxruntime-gpu and ort-nightly are all installed" in problem
+    assert "pip uninstall -y onnxruntime onnxruntime-gpu ort-nightly &&" in problem
+
+
 def test_missing_runtime_names_the_install_command(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "onnxruntime", None)
     findings = json.loads(RUNNER.invoke(app, ["doctor", "--json"]).stdout)
     assert findings["onnxruntime_providers"] == []
-    assert "pip install 'cl4wsis[cpu]'" in findings["backends"]["onnxruntime"]
+    assert "pip install 'cl4wsis[cpu]'" in findings["backends"]["onnxruntime"]["reason"]
 
 
 def test_gpus_are_those_the_driver_lists(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 from pathlib import Path
 
 import cv2
@@ -43,7 +44,7 @@ def test_defaults_write_ids_coco_and_overlays(folder: Path) -> None:
     assert len(coco["annotations"]) == 4
     assert read_image("masks/overlay/a.jpg").shape == (320, 480, 3)
     assert "images: 2, instances: 4" in answer.stdout
-    assert "onnxruntime" in answer.stderr
+    assert "grouping: " in answer.stderr
 
 
 def test_json_summary_is_alone_on_stdout(folder: Path) -> None:
@@ -55,6 +56,37 @@ def test_json_summary_is_alone_on_stdout(folder: Path) -> None:
     assert summary["instances_per_class"] == {"red": 2, "blue": 0}
     assert summary["failed"] == []
     assert sorted(path.name for path in Path("masks").iterdir()) == ["coco.json"]
+
+
+@pytest.mark.parametrize("post", ["graph", "host"])
+def test_choice_of_the_runtime_is_kept_and_told(folder: Path, post: str) -> None:
+    answer = RUNNER.invoke(
+        app, ["predict", "photos", "--backend", "onnxruntime", "--precision", "fp32", "--post", post, "--json"]
+    )
+    summary = json.loads(answer.stdout)
+    assert (summary["backend"], summary["precision"], summary["post"]) == ("onnxruntime", "float32", post)
+    assert (summary["skipped"], summary["instances"]) == ({}, 4)
+    assert f"on onnxruntime, fp32, grouping: {post}" in answer.stderr
+
+
+def test_what_auto_passed_over_is_told_with_the_reasons(folder: Path) -> None:
+    answer = RUNNER.invoke(app, ["predict", "photos", "--json"])
+    skipped = json.loads(answer.stdout)["skipped"]
+    assert all(reason for reason in skipped.values())
+    assert all(name in answer.stderr for name in skipped)
+
+
+def test_fallback_needs_leave(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    arguments = ["predict", "photos", "--backend", "openvino", "--json"]
+    answer = RUNNER.invoke(app, arguments)
+    assert answer.exit_code == 1
+    assert "pip install 'cl4wsis[openvino]'" in answer.stderr
+    answer = RUNNER.invoke(app, [*arguments, "--allow-fallback"])
+    assert answer.exit_code == 0, answer.stderr
+    summary = json.loads(answer.stdout)
+    assert summary["backend"] != "openvino"
+    assert "pip install 'cl4wsis[openvino]'" in summary["skipped"]["openvino"]
 
 
 def test_broken_image_is_reported_and_skipped(folder: Path) -> None:
@@ -102,6 +134,8 @@ def test_results_inside_the_source_are_not_predicted_again(folder: Path) -> None
         (["photos", "--save", ""], "expected some of ids, coco, overlay"),
         (["photos", "--save", "coco", "--resume"], "must contain 'ids'"),
         (["photos", "--batch-size", "0"], "--batch-size"),
+        (["photos", "--precision", "fp8"], "--precision"),
+        (["photos", "--post", "both"], "--post"),
     ],
 )
 def test_usage_errors(folder: Path, arguments: list[str], message: str) -> None:
@@ -116,6 +150,7 @@ def test_usage_errors(folder: Path, arguments: list[str], message: str) -> None:
         (["gone"], "error: gone: there is no such file or folder"),
         (["photos", "--backend", "tensorflow"], "error: unknown backend 'tensorflow'"),
         (["photos", "--bundle", "photos"], "error: photos: is no bundle"),
+        (["photos", "--precision", "int8"], "holds no int8 graph with post=host"),
     ],
 )
 def test_failures_are_one_sentence(folder: Path, arguments: list[str], message: str) -> None:
