@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 import torch.distributed
 from timm.layers.norm_act import BatchNormAct2d
-from tiny import tiny_plan
+from tiny import no_dropout, tiny_plan
 from torch import nn
 
 from cl4wsis_train.processes import draw_for_images, mean_over_processes, num_processes, synchronize_norms
@@ -20,11 +20,11 @@ from cl4wsis_train.trainer import build_fabric, train_step
 
 def train(processes: int, run: Path, last_step: int, assignments: list[str]) -> None:
     """Train all steps up to one."""
-    torch.nn.Dropout.forward = lambda self, values: values  # type: ignore[method-assign]
     plan = tiny_plan(*assignments)
     fabric = build_fabric(plan, "cpu", processes)
-    for step in range(last_step + 1):
-        train_step(plan, step, run, fabric=fabric, evaluate=False)
+    with no_dropout():
+        for step in range(last_step + 1):
+            train_step(plan, step, run, fabric=fabric, evaluate=False)
 
 
 def compare_with_one_process(rank: int, world_size: int, store: str) -> None:

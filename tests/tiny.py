@@ -3,6 +3,13 @@
 The method is the published one, every module on.
 """
 
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
 from cl4wsis.tasks import Plan, load_plan
 
 TINY = [
@@ -37,7 +44,46 @@ TINY = [
     "recipe.instance.peaks.accept_peakless=false",
 ]
 
+GENTLE = [
+    "recipe.network.weights=package",
+    "recipe.network.encoder_statistics=stored",
+    "recipe.network.semantic_channels=32",
+    "recipe.network.localizer_channels=32",
+    "recipe.crop_size=96",
+    'recipe.base.optimizer={kind="sgd",encoder_lr=1e-4,head_lr=1e-2}',
+    "recipe.base.instance_loss.center_weight=5",
+    'recipe.semantic.optimizer={kind="sgd",encoder_lr=1e-5,head_lr=1e-3,warmup_epochs=1}',
+    'recipe.instance.optimizer={kind="sgd",encoder_lr=0.0,head_lr=1e-3,warmup_epochs=0}',
+    "recipe.instance.instance_loss.center_weight=5",
+    "recipe.instance.peaks.smoothing=false",
+    "recipe.instance.peaks.accept_peakless=true",
+    "recipe.semantic.old_classes_compete=true",
+    "recipe.semantic.peak_input=log_odds",
+]
+"""Settings under which the last bits of sums do not grow into different loss curves: small rates and well-posed
+statistics; yet every loss but the localizer's self-training has something to teach."""
+
 
 def tiny_plan(*overrides: str) -> Plan:
     """Load the plan ``shapes`` with these settings and further assignments."""
     return load_plan("shapes", [*TINY, *overrides])
+
+
+@contextmanager
+def no_dropout() -> Iterator[None]:
+    """Switch dropout off: its masks depend on the build of PyTorch, and on which process holds an image."""
+    original = torch.nn.Dropout.forward
+    torch.nn.Dropout.forward = lambda self, input: input  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        torch.nn.Dropout.forward = original  # type: ignore[method-assign]
+
+
+def read_losses(folder: Path) -> dict[str, list[dict[str, float]]]:
+    """Read the losses of every logged iteration of a step, by phase."""
+    losses: dict[str, list[dict[str, float]]] = {}
+    for line in (folder / "metrics.jsonl").read_text().splitlines():
+        entry = json.loads(line)
+        losses.setdefault(entry["phase"], []).append(entry["losses"])
+    return losses
