@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cl4wsis.cli.options import JsonOption
+from cl4wsis.cli.options import JsonOption, ThreadsOption
 
 if TYPE_CHECKING:
     from cl4wsis.bundle import Bundle
@@ -38,9 +38,7 @@ def benchmark(
         typer.Option("--precision", help="Measure fp32, fp16 or int8; all in the bundle when not given. Repeatable."),
     ] = None,
     post: Annotated[str, typer.Option("--post", help="Where the grouping runs: graph, host or both.")] = "both",
-    threads: Annotated[
-        int | None, typer.Option("--threads", min=1, help="CPU threads; all usable cores when not given.")
-    ] = None,
+    threads: ThreadsOption = None,
     out: Annotated[
         list[Path] | None,
         typer.Option("--out", "-o", help="Also write the result to a .md or .json file. Repeatable."),

@@ -60,6 +60,13 @@ AllowFallbackOption = Annotated[
     bool, typer.Option("--allow-fallback", help="Use another backend where the one asked for, or a GPU, does not work.")
 ]
 
+SelfTestOption = Annotated[
+    bool,
+    typer.Option(
+        "--self-test", help="First compare the answers to the bundle's golden inputs with those stored in it."
+    ),
+]
+
 
 class Runtime(NamedTuple):
     """What the options say about how a bundle is to be run."""
@@ -69,13 +76,14 @@ class Runtime(NamedTuple):
     post: PostChoice = PostChoice.AUTO
     threads: int | None = None
     allow_fallback: bool = False
+    self_test: bool = False
 
     def open(self, bundle: Path) -> "Predictor":
         """Open a bundle so, telling on stderr what was chosen and what was passed over.
 
         Raises:
             BundleError: the bundle is missing, damaged, not one of ours, or holds no such graph.
-            BackendError: the backend is unknown or cannot run here.
+            BackendError: the backend is unknown, cannot run here or fails the self-test.
         """
         from cl4wsis.bundle import PRECISION_OPTIONS
         from cl4wsis.cli.console import note
@@ -89,6 +97,7 @@ class Runtime(NamedTuple):
             post=self.post.value,
             threads=self.threads,
             allow_fallback=self.allow_fallback,
+            self_test=self.self_test,
         )
         precision = PRECISION_OPTIONS[predictor.precision]
         note(f"{bundle} on {predictor.backend.name}, {precision}, grouping: {predictor.post}")

@@ -16,6 +16,7 @@ from cl4wsis.cli.options import (
     PrecisionChoice,
     PrecisionOption,
     Runtime,
+    SelfTestOption,
     ThreadsOption,
 )
 
@@ -45,6 +46,7 @@ def predict(
     precision: PrecisionOption = PrecisionChoice.AUTO,
     post: PostOption = PostChoice.AUTO,
     allow_fallback: AllowFallbackOption = False,
+    self_test: SelfTestOption = False,
     batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Images per run of the graph.")] = 1,
     threads: ThreadsOption = None,
     min_score: Annotated[
@@ -66,7 +68,7 @@ def predict(
         raise typer.BadParameter("--resume reads the id maps of the earlier run, so --save must contain 'ids'")
 
     path = bundle or newest_bundle(Path("runs"))
-    runtime = Runtime(backend, precision, post, threads, allow_fallback)
+    runtime = Runtime(backend, precision, post, threads, allow_fallback, self_test)
     summary = predict_sources(sources, path, out, formats, runtime, batch_size, min_score, resume)
     _report(summary, as_json)
     if summary["failed"]:

@@ -7,6 +7,18 @@ from typing import Annotated
 
 import typer
 
+from cl4wsis.cli.options import (
+    AllowFallbackOption,
+    BackendOption,
+    PostChoice,
+    PostOption,
+    PrecisionChoice,
+    PrecisionOption,
+    Runtime,
+    SelfTestOption,
+    ThreadsOption,
+)
+
 _MEBIBYTE = 2**20
 
 
@@ -21,18 +33,12 @@ def serve(
         str, typer.Option("--host", help="Address to listen on; 0.0.0.0 lets other machines in.")
     ] = "127.0.0.1",
     port: Annotated[int, typer.Option("--port", min=0, max=65535, help="Port; 0 takes any that is free.")] = 8000,
-    backend: Annotated[
-        str, typer.Option("--backend", help="auto, or a backend that 'cl4wsis doctor' lists as ready.")
-    ] = "auto",
-    precision: Annotated[
-        str, typer.Option("--precision", help="auto (fp32), fp32, fp16 or int8, as far as the bundle holds it.")
-    ] = "auto",
-    self_test: Annotated[
-        bool, typer.Option("--self-test", help="First compare the answers to the golden inputs with those stored.")
-    ] = False,
-    threads: Annotated[
-        int | None, typer.Option("--threads", min=1, help="CPU threads; all usable cores when not given.")
-    ] = None,
+    backend: BackendOption = "auto",
+    precision: PrecisionOption = PrecisionChoice.AUTO,
+    post: PostOption = PostChoice.AUTO,
+    allow_fallback: AllowFallbackOption = False,
+    self_test: SelfTestOption = False,
+    threads: ThreadsOption = None,
     max_waiting: Annotated[
         int, typer.Option("--max-waiting", min=0, help="Requests that may wait; more are turned away with 503.")
     ] = 16,
@@ -46,7 +52,6 @@ def serve(
     """
     from cl4wsis.cli.console import note
     from cl4wsis.cli.predict import newest_bundle
-    from cl4wsis.cli.verify import parse_precisions
     from cl4wsis.errors import require
 
     require("serve")
@@ -55,16 +60,8 @@ def serve(
     os.environ.setdefault("OPENCV_IO_MAX_IMAGE_PIXELS", str(max_pixels * 10**6))
     from cl4wsis_serve.app import ServerLimits
     from cl4wsis_serve.app import serve as serve_predictor
-    from cl4wsis_serve.predictor import Predictor
 
-    path = bundle or newest_bundle(Path("runs"))
-    arithmetic = parse_precisions([precision])[0] if precision != "auto" else "auto"
-    predictor = Predictor.open(path, backend, precision=arithmetic, threads=threads, self_test=self_test)
+    runtime = Runtime(backend, precision, post, threads, allow_fallback, self_test)
+    predictor = runtime.open(bundle or newest_bundle(Path("runs")))
     limits = ServerLimits(max_body_bytes=max_body * _MEBIBYTE, max_batch=max_batch, max_waiting=max_waiting)
-    serve_predictor(
-        predictor,
-        host,
-        port,
-        limits,
-        lambda address: note(f"{path} on {predictor.backend.name}, listening on {address}"),
-    )
+    serve_predictor(predictor, host, port, limits, lambda address: note(f"listening on {address}"))

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from cl4wsis.cli.options import JsonOption, SetOption
+from cl4wsis.cli.options import JsonOption, SetOption, ThreadsOption
 
 if TYPE_CHECKING:
     from cl4wsis.bundle import Bundle, Post, Precision
@@ -41,9 +41,7 @@ def verify(
         typer.Option("--precision", help="Check fp32, fp16 or int8; all in the bundle when not given. Repeatable."),
     ] = None,
     post: Annotated[str, typer.Option("--post", help="Where the grouping runs: graph, host or both.")] = "both",
-    threads: Annotated[
-        int | None, typer.Option("--threads", min=1, help="CPU threads; all usable cores when not given.")
-    ] = None,
+    threads: ThreadsOption = None,
     save: Annotated[bool, typer.Option("--save/--no-save", help="Store the result in the bundle's manifest.")] = True,
     as_json: JsonOption = False,
 ) -> None:

@@ -160,6 +160,16 @@ def test_failures_are_one_sentence(folder: Path, arguments: list[str], message: 
     assert not Path("masks").exists()
 
 
+def test_self_test_lets_a_sound_model_pass_and_refuses_others(folder: Path) -> None:
+    arguments = ["predict", "photos", "--backend", "onnxruntime", "--self-test", "--bundle"]
+    answer = RUNNER.invoke(app, [*arguments, str(write_color_bundle(folder / "sound.cl4wsis", num_golden=2))])
+    assert answer.exit_code == 0, answer.stderr
+    answer = RUNNER.invoke(app, [*arguments, "runs/colors/colors.cl4wsis", "--out", "other"])
+    assert answer.exit_code == 1
+    assert "there are no golden inputs" in answer.stderr
+    assert not Path("other").exists()
+
+
 def test_newest_bundle_wins(folder: Path) -> None:
     newer = write_color_bundle(folder / "runs" / "other" / "newer.cl4wsis")
     os.utime(folder / "runs/colors/colors.cl4wsis/manifest.json", (1, 1))

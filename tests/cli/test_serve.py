@@ -36,9 +36,9 @@ def running_server(bundle: Path, *arguments: str) -> Iterator[tuple[subprocess.P
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment) as server:
         try:
             assert server.stderr is not None
-            line = server.stderr.readline()
-            address = re.search(r"http://\S+", line)
-            assert address, line + server.stderr.read()
+            lines = iter(server.stderr.readline, "")
+            address = next((found for line in lines if (found := re.search(r"http://\S+", line))), None)
+            assert address, server.poll()
             yield server, address[0]
         finally:
             server.kill()
@@ -74,6 +74,13 @@ def test_a_taken_port_is_one_sentence(bundle: Path) -> None:
     assert answer.exit_code == 1
     assert "error: cannot listen on 127.0.0.1:" in answer.stderr
     assert "choose others with --host and --port" in answer.stderr
+
+
+def test_a_model_that_fails_its_self_test_is_not_served(tmp_path: Path) -> None:
+    bundle = write_color_bundle(tmp_path / "colors.cl4wsis")
+    answer = CliRunner().invoke(app, ["serve", str(bundle), "--backend", "onnxruntime", "--self-test"])
+    assert answer.exit_code == 1
+    assert "self-test of float32 on onnxruntime: there are no golden inputs" in answer.stderr
 
 
 def test_a_missing_bundle_is_one_sentence(tmp_path: Path) -> None:
