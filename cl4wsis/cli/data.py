@@ -53,8 +53,8 @@ def _print_report(report: "DataReport", show_all: bool) -> None:
         title = (
             f"evaluation: {evaluation.images} images, {evaluation.without_objects} of them without a class of the plan"
         )
-    columns = ("step#", "class", "images#", "objects#", "evaluation images#", "evaluation objects#")
-    print_table(f"Classes ({title})", columns, _class_rows(report))
+    class_columns = ("step#", "class", "images#", "objects#", "evaluation images#", "evaluation objects#")
+    print_table(f"Classes ({title})", class_columns, _class_rows(report))
     _print_findings(report.findings, show_all)
 
 

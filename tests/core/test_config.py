@@ -135,7 +135,10 @@ def test_an_override_without_field_or_value_shows_the_form(assignment: str) -> N
             ["unknown field 'recipe.base.optimizer.encoder_lrr'; did you mean 'recipe.base.optimizer.encoder_lr'?"],
         ),
         (["data.num_trains=3"], ["unknown field 'data.num_trains'; did you mean 'data.num_train'?"]),
-        (["data.zzzz=3"], ["unknown field 'data.zzzz'; known here: image_size, kind, num_train, num_val, seed"]),
+        (
+            ["data.zzzz=3"],
+            ["unknown field 'data.zzzz'; known here: image_size, kind, num_train, num_val, proposals, seed"],
+        ),
         (["nam=x"], ["unknown field 'nam'; did you mean 'name'?"]),
         (["data.kind=coco"], ["field 'data.train' is missing", "field 'data.val' is missing"]),
         (
@@ -170,8 +173,8 @@ def test_each_problem_is_one_line_with_the_path_of_the_field(overrides: list[str
 
 
 def test_unknown_kind_of_a_union_lists_the_known_ones() -> None:
-    with pytest.raises(ConfigError, match=r"plan\.toml: field 'data': .*'voc'.*'shapes', 'coco'"):
-        build_settings(Plan, merge(PLAN, {"data": {"kind": "voc"}}), "plan.toml")
+    with pytest.raises(ConfigError, match=r"plan\.toml: field 'data': .*'pascal'.*'shapes', 'coco', 'voc', 'sbd'"):
+        build_settings(Plan, merge(PLAN, {"data": {"kind": "pascal"}}), "plan.toml")
 
 
 def test_settings_are_frozen() -> None:
