@@ -21,9 +21,13 @@ _PACKAGE_FOLDER = Path(__file__).resolve().parent
 
 
 class Settings(BaseModel):
-    """Base of all settings: immutable, closed against unknown fields, described by docstrings under the fields."""
+    """Base of all settings: immutable, closed against unknown fields, described by docstrings under the fields.
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
+    The docstrings stay in the source: collecting them would cost every start of the runtime more than all the rest of
+    its settings.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 def config_folder() -> Path:

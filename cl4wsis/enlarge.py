@@ -49,8 +49,10 @@ class EnlargedMap:
         import cv2
 
         values = self.values[channel]
+        crop: FloatMap
         if self.scale == 1:
-            return values[box]
+            crop = values[box]
+            return crop
         # One coarse pixel more on each side holds every neighbour of the pixels wanted.
         rows, columns = (
             slice(max(side.start // self.scale - 1, 0), min((side.stop - 1) // self.scale + 2, size))
@@ -60,7 +62,7 @@ class EnlargedMap:
         height, width = part.shape
         fine = cv2.resize(part, (width * self.scale, height * self.scale), interpolation=cv2.INTER_LINEAR)
         top, left = box[0].start - rows.start * self.scale, box[1].start - columns.start * self.scale
-        crop: FloatMap = fine[top : top + box[0].stop - box[0].start, left : left + box[1].stop - box[1].start]
+        crop = fine[top : top + box[0].stop - box[0].start, left : left + box[1].stop - box[1].start]
         return crop
 
     def full(self) -> FloatMap:

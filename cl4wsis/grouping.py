@@ -256,7 +256,7 @@ def _scale_to(grid: tuple[int, int], values: FloatMap, name: str) -> int:
 
 def _softmax(logits: FloatMap) -> FloatMap:
     """Return probabilities over the first axis, (C, h, w)."""
-    exponentials = np.exp(logits - logits.max(axis=0))
+    exponentials: FloatMap = np.exp(logits - logits.max(axis=0))
     exponentials /= exponentials.sum(axis=0)
     return exponentials
 

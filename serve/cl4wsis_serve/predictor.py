@@ -191,9 +191,9 @@ class Predictor:
 
     def _group(self, outputs: Outputs, row: int) -> Instances:
         """Group one image's maps here."""
-        maps = (outputs[name][row] for name in MAP_NAMES)
+        logits, heatmap, offsets = (outputs[name][row] for name in MAP_NAMES)
         try:
-            return group_maps(*maps, self.manifest.input.size, self.manifest.grouping)
+            return group_maps(logits, heatmap, offsets, self.manifest.input.size, self.manifest.grouping)
         except ValueError as error:
             raise BackendError(f"the graph's maps cannot be grouped: {error}; export the step again") from error
 
