@@ -166,3 +166,20 @@ def _class_probs(
     logits += generator.normal(0, 1.5 * noise, logits.shape)
     exponentials = np.exp(logits - logits.max(axis=0))
     return (exponentials / exponentials.sum(axis=0)).astype(np.float32)
+
+
+def connected_parts(mask: NDArray[np.bool_], connectivity: int) -> list[list[tuple[int, int]]]:
+    """Find the connected parts of a boolean map by flooding, each a sorted list of (y, x), in order of first pixels."""
+    mask, parts = mask.copy(), []
+    steps = [(dy, dx) for dy in (-1, 0, 1) for dx in (-1, 0, 1) if connectivity == 8 or 0 in (dy, dx)]
+    for start in zip(*np.nonzero(mask), strict=True):
+        front, part = [start], []
+        while front:
+            y, x = front.pop()
+            if 0 <= y < mask.shape[0] and 0 <= x < mask.shape[1] and mask[y, x]:
+                mask[y, x] = False
+                part.append((int(y), int(x)))
+                front += [(y + dy, x + dx) for dy, dx in steps]
+        if part:
+            parts.append(sorted(part))
+    return parts

@@ -11,6 +11,8 @@ from pathlib import Path
 import torch
 
 from cl4wsis.tasks import Plan, load_plan
+from cl4wsis_train.models.network import InstanceSegmenter
+from cl4wsis_train.phases.semantic import SemanticPhase
 
 TINY = [
     'steps=[["disc", "square", "triangle", "star"], ["ring", "cross"], ["crescent", "heart"]]',
@@ -87,3 +89,13 @@ def read_losses(folder: Path) -> dict[str, list[dict[str, float]]]:
         entry = json.loads(line)
         losses.setdefault(entry["phase"], []).append(entry["losses"])
     return losses
+
+
+def tiny_phase(*overrides: str) -> SemanticPhase:
+    """Build phase 1 of step 1 on networks that nobody has trained, with further assignments to the tiny plan."""
+    plan = tiny_plan(*overrides)
+    torch.manual_seed(0)
+    old_network = InstanceSegmenter(plan.recipe.network, (4,))
+    network = InstanceSegmenter(plan.recipe.network, (4, 2))
+    network.load_previous(old_network.state_dict())
+    return SemanticPhase(network, old_network, plan.recipe, plan.split(1), plan.all_seen_labels)

@@ -10,8 +10,8 @@ from curves import RECORDED, Curves, train_curves
 NUM_ITERATIONS = 10
 
 # With AVX2 and AVX512 curves differ in the last bits of sums: measured are 0.002 in the first two phases, and 0.06 in
-# the third, where regions of an untrained network change by some pixels. On other processors images are resized by other
-# code, whose pixels differ by one grey level now and then: measured is 0.3 in the first two phases.
+# the third, where regions of an untrained network change by some pixels. On other processors images are resized by
+# other code, whose pixels differ by one grey level now and then: measured is 0.3 in the first two phases.
 SAME_PIXELS = torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
 TOLERANCE = {"base": 0.02, "semantic": 0.02, "instance": 0.15} if SAME_PIXELS else {"base": 0.5, "semantic": 0.5}
 ABSOLUTE = 2e-3

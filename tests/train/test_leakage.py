@@ -11,17 +11,15 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from tiny import read_losses, tiny_plan
+from tiny import read_losses, tiny_phase, tiny_plan
 from torch import Tensor, nn
 
 from cl4wsis.steps import read_step
 from cl4wsis.tasks import Plan
 from cl4wsis_train.data.loading import build_training_loader
-from cl4wsis_train.models.network import InstanceSegmenter
 from cl4wsis_train.optim import build_optimizer
 from cl4wsis_train.phases.common import Phase, upsample
 from cl4wsis_train.phases.instance import InstancePhase
-from cl4wsis_train.phases.semantic import SemanticPhase
 from cl4wsis_train.trainer import build_fabric, train_step
 
 TAGS = [["red"], ["red", "green"], ["green"], ["red"], ["blue"], ["blue", "red"], ["blue"], ["blue", "green"]]
@@ -106,15 +104,6 @@ def test_base_step_does_learn_from_masks(tmp_path: Path) -> None:
     assert curves[0] != curves[1]
 
 
-def build_phases(*overrides: str) -> tuple[Plan, SemanticPhase]:
-    plan = tiny_plan(*overrides)
-    torch.manual_seed(0)
-    old_network = InstanceSegmenter(plan.recipe.network, (4,))
-    network = InstanceSegmenter(plan.recipe.network, (4, 2))
-    network.load_previous(old_network.state_dict())
-    return plan, SemanticPhase(network, old_network, plan.recipe, plan.split(1))
-
-
 def run_phase(phase: Phase, plan: Plan, name: Any, epochs: int = 2) -> None:
     """Train a phase for some epochs without the trainer around it."""
     settings = getattr(plan.recipe, name).optimizer
@@ -140,7 +129,7 @@ def state_hash(module: nn.Module) -> str:
 
 
 def test_teacher_and_frozen_parts_are_untouched_by_training() -> None:
-    plan, semantic = build_phases()
+    plan, semantic = tiny_plan(), tiny_phase()
     teacher = state_hash(semantic.train().old_network)
     student = state_hash(semantic.network.semantic_branch)
     instance_branch = state_hash(semantic.network.instance_branch)
@@ -192,7 +181,8 @@ class PixelCounter:
 @pytest.mark.parametrize("train_encoder", [True, False])
 @pytest.mark.parametrize("name", ["semantic", "instance"])
 def test_frozen_networks_run_once_per_image(name: Any, train_encoder: bool) -> None:
-    plan, phase = build_phases(f"recipe.semantic.train_encoder={str(train_encoder).lower()}")
+    override = f"recipe.semantic.train_encoder={str(train_encoder).lower()}"
+    plan, phase = tiny_plan(override), tiny_phase(override)
     trained: Phase = phase if name == "semantic" else InstancePhase(phase, plan.recipe)
     networks = {"old": trained.old_network, "own": trained.network}
     parts = {
@@ -217,7 +207,8 @@ def test_frozen_networks_run_once_per_image(name: Any, train_encoder: bool) -> N
 
 
 def test_features_of_a_frozen_encoder_serve_the_old_network_too() -> None:
-    plan, phase = build_phases("recipe.semantic.train_encoder=false")
+    plan = tiny_plan("recipe.semantic.train_encoder=false")
+    phase = tiny_phase("recipe.semantic.train_encoder=false")
     instance = InstancePhase(phase, plan.recipe).train()
     batch = next(iter(build_training_loader(plan, 1, "instance", 4, seed=0)))
     frozen = instance._run_frozen(batch, (64, 64))

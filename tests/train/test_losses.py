@@ -534,9 +534,21 @@ def test_averaged_gradients_of_two_processes_equal_those_of_one(loss: Callable[.
     assert torch.allclose(averaged, whole, rtol=1e-12)
 
 
+def test_random_dropout_of_two_processes_equals_that_of_one() -> None:
+    inputs = build(CASES["random_dropout"])
+    inputs["pixel_mask"][1:] = False
+    inputs["pixel_mask"][2, 0, 0] = True
+    count = inputs["pixel_mask"].sum().double() / BATCH
+    parts = [random_dropout_loss(*(values[r : r + 1] for values in inputs.values()), count) for r in range(BATCH)]
+    assert torch.stack(parts).mean().item() == pytest.approx(random_dropout_loss(**inputs).item(), rel=1e-9)
+
+
 def test_a_mean_count_below_one_is_used_as_it_is() -> None:
     heatmap, weight = torch.full((1, 1, 1, 1), 2.0), torch.ones(1, 1, 1, 1)
     assert center_loss(heatmap, torch.zeros_like(heatmap), weight, torch.tensor(0.25)).item() == 16
+    classes = torch.zeros(1, 1, 1, dtype=torch.int64)
+    loss = random_dropout_loss(torch.zeros(1, 2, 1, 1), classes == 0, classes, torch.tensor(0.5))
+    assert loss.item() == pytest.approx(2 * LN2)
 
 
 # --- wrong calls ------------------------------------------------------------------------------------------------------

@@ -2,21 +2,10 @@
 
 import pytest
 import torch
-from tiny import tiny_plan
+from tiny import tiny_phase, tiny_plan
 
 from cl4wsis_train.data.batch import Batch
-from cl4wsis_train.models.network import InstanceSegmenter
 from cl4wsis_train.phases.instance import InstancePhase
-from cl4wsis_train.phases.semantic import SemanticPhase
-
-
-def build_phase(*overrides: str) -> SemanticPhase:
-    plan = tiny_plan(*overrides)
-    torch.manual_seed(0)
-    old_network = InstanceSegmenter(plan.recipe.network, (4,))
-    network = InstanceSegmenter(plan.recipe.network, (4, 2))
-    network.load_previous(old_network.state_dict())
-    return SemanticPhase(network, old_network, plan.recipe, plan.split(1), plan.all_seen_labels)
 
 
 def weak_batch() -> Batch:
@@ -38,27 +27,27 @@ def weak_batch() -> Batch:
     ],
 )
 def test_each_module_of_phase_1_can_be_switched_off(override: str, missing: set[str]) -> None:
-    full, reduced = (set(build_phase(*chosen).train()(weak_batch(), 1)) for chosen in ([], [override]))
+    full, reduced = (set(tiny_phase(*chosen).train()(weak_batch(), 1)) for chosen in ([], [override]))
     assert full - reduced == missing
     assert reduced <= full
 
 
 def test_warmup_leaves_out_what_needs_pseudo_labels() -> None:
-    names = set(build_phase().train()(weak_batch(), 0))
+    names = set(tiny_phase().train()(weak_batch(), 0))
     assert names == {"classification", "peak", "localizer_distillation", "encoder_distillation", "flac"}
 
 
 def test_peak_input_is_the_logit_or_the_log_odds_of_the_softmax() -> None:
     logits = torch.randn(2, 7, 3, 3, generator=torch.Generator().manual_seed(1))
-    published = build_phase().peak_input(logits)
+    published = tiny_phase().peak_input(logits)
     assert torch.equal(published, logits[:, 5:])
     probs = logits.softmax(1)[:, 5:]
-    log_odds = build_phase("recipe.semantic.peak_input=log_odds").peak_input(logits)
+    log_odds = tiny_phase("recipe.semantic.peak_input=log_odds").peak_input(logits)
     torch.testing.assert_close(log_odds, (probs / (1 - probs)).log(), atol=1e-4, rtol=1e-4)
 
 
 def test_refined_target_reaches_the_semantic_branch_alone() -> None:
-    phase = build_phase("recipe.semantic.refine_target=true").train()
+    phase = tiny_phase("recipe.semantic.refine_target=true").train()
     loss = phase(weak_batch(), 1)["semantic"]
     loss.backward()
     assert all(parameter.grad is None for parameter in phase.localizer.parameters())
@@ -67,7 +56,7 @@ def test_refined_target_reaches_the_semantic_branch_alone() -> None:
 
 @pytest.mark.parametrize("selective", [True, False])
 def test_old_maps_are_distilled_on_old_pixels_or_on_all(selective: bool) -> None:
-    semantic_phase = build_phase(f"recipe.instance.selective_distillation={str(selective).lower()}")
+    semantic_phase = tiny_phase(f"recipe.instance.selective_distillation={str(selective).lower()}")
     plan = tiny_plan(f"recipe.instance.selective_distillation={str(selective).lower()}")
     classifier = semantic_phase.network.semantic_branch.classifier
     for head in classifier:  # a network that sees background everywhere
@@ -79,7 +68,7 @@ def test_old_maps_are_distilled_on_old_pixels_or_on_all(selective: bool) -> None
 
 
 def test_phase_2_trains_nothing_but_the_instance_branch() -> None:
-    phase = InstancePhase(build_phase(), tiny_plan().recipe).train()
+    phase = InstancePhase(tiny_phase(), tiny_plan().recipe).train()
     trained = {name for name, parameter in phase.named_parameters() if parameter.requires_grad}
     assert trained
     assert all(name.startswith("network.instance_branch.") for name in trained)

@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from cases import connected_parts
 
 from cl4wsis.recipe import PeakSettings
 from cl4wsis.tasks import ClassSplit
@@ -11,23 +12,6 @@ from cl4wsis_train.pseudo.regions import Regions, find_local_maxima, rank_in_gro
 SPLIT = ClassSplit(step=1, old_names=("a", "b"), new_names=("c", "d"))  # channels: 0 | 1 2 | 3 4
 BOTH = torch.tensor([[0.0, 0, 1, 1]])
 SMALL = PeakSettings(min_area=3)
-
-
-def parts_slowly(mask, connectivity):
-    """Connected parts of a boolean map, in order of their first pixel, by flooding."""
-    mask, parts = mask.copy(), []
-    steps = [(dy, dx) for dy in (-1, 0, 1) for dx in (-1, 0, 1) if connectivity == 8 or 0 in (dy, dx)]
-    for start in zip(*np.nonzero(mask), strict=True):
-        front, part = [start], []
-        while front:
-            y, x = front.pop()
-            if 0 <= y < mask.shape[0] and 0 <= x < mask.shape[1] and mask[y, x]:
-                mask[y, x] = False
-                part.append((y, x))
-                front += [(y + dy, x + dx) for dy, dx in steps]
-        if part:
-            parts.append(sorted(part))
-    return parts
 
 
 def make_peaks(*rows):
@@ -48,7 +32,7 @@ def test_regions_match_flooding(connectivity):
         (image, value - 1, part)
         for image in range(2)
         for value in (1, 2)
-        for part in parts_slowly(maps[image] == value, connectivity)
+        for part in connected_parts(maps[image] == value, connectivity)
         if len(part) >= 2
     ]
     found = [
@@ -294,7 +278,7 @@ def test_isolated_instances_match_the_formula(seed):
         for label in (2, 3):
             if not image_labels[image, label]:
                 continue
-            for part in parts_slowly(maps[image].numpy() == label + 1, 8):
+            for part in connected_parts(maps[image].numpy() == label + 1, 8):
                 inside = {
                     index
                     for index in range(len(peaks.labels))

@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
 import torch
+from cases import connected_parts
 
 from cl4wsis.recipe import RefineSettings
 from cl4wsis.tasks import ClassSplit
@@ -10,23 +11,6 @@ from cl4wsis_train.pseudo.refine import merge_targets, refine_targets
 
 SPLIT = ClassSplit(step=1, old_names=("a", "b"), new_names=("c", "d"))  # channels: 0 | 1 2 | 3 4
 BOTH = torch.tensor([[0.0, 0, 1, 1]])
-
-
-def flood(mask, connectivity):
-    """Connected parts of a boolean map, each a sorted list of (y, x)."""
-    mask, parts = mask.copy(), []
-    steps = [(dy, dx) for dy in (-1, 0, 1) for dx in (-1, 0, 1) if connectivity == 8 or 0 in (dy, dx)]
-    for start in zip(*np.nonzero(mask), strict=True):
-        front, part = [start], []
-        while front:
-            y, x = front.pop()
-            if 0 <= y < mask.shape[0] and 0 <= x < mask.shape[1] and mask[y, x]:
-                mask[y, x] = False
-                part.append((int(y), int(x)))
-                front += [(y + dy, x + dx) for dy, dx in steps]
-        if part:
-            parts.append(sorted(part))
-    return parts
 
 
 def find_seeds_slowly(center, part, offsets, window, far):
@@ -41,7 +25,7 @@ def find_seeds_slowly(center, part, offsets, window, far):
         if hot[y, x] > 0 and hot[y, x] == near.max():
             maxima.append((y, x))
     sinks = []
-    for spot in flood(inside & (np.hypot(*offsets) < 2.5), 4):
+    for spot in connected_parts(inside & (np.hypot(*offsets) < 2.5), 4):
         y, x = np.mean(spot, axis=0).astype(int)
         if 18 < len(spot) < 24 and center[y, x] > 0.05 and all(np.hypot(y - a, x - b) > far for a, b in maxima):
             sinks.append((int(y), int(x)))
@@ -59,7 +43,7 @@ def refine_slowly(heatmap, offsets, probs, maps, image_labels, window, far, min_
     for label in (2, 3):
         if not image_labels[label]:
             continue
-        for part in flood(maps == label + 1, 8):
+        for part in connected_parts(maps == label + 1, 8):
             if len(part) < min_area:
                 continue
             mask = np.zeros(maps.shape, dtype=bool)
@@ -139,7 +123,7 @@ def test_random_cases_reach_every_rule():
             for label in (2, 3):
                 if not image_labels[image, label]:
                     continue
-                for part in flood(maps[image] == label + 1, 8):
+                for part in connected_parts(maps[image] == label + 1, 8):
                     mask = np.zeros(maps[image].shape, dtype=bool)
                     mask[tuple(np.transpose(part))] = True
                     center = heatmap[image, label] * mask
