@@ -27,6 +27,13 @@ from cl4wsis.grouping import GroupingSpec
 
 _MAX_CANDIDATES = 256
 """Centers considered before those of small regions are left out; TensorRT sorts fewer than 3840."""
+_BLOCK = 4
+"""Side of the blocks whose maxima bound those of large windows, grid pixels."""
+_MAX_DOUBTFUL = 256
+"""Pixels that the blocks leave undecided and that are looked at; those with the highest values."""
+_MAX_CONTENDERS = 512
+"""Candidates for a peak that are looked at; of a plateau only its lowest pixels are among them."""
+_LATER_NEIGHBOURS = ((0, 2), (1, 0), (1, 1), (1, 2))  # (y, x) in a map padded by 1 at the left, right and below
 _JUMPS = 3
 """Pointer jumps of a round: they cost less than the search for neighbours."""
 _LARGEST_POOL = 11
@@ -35,7 +42,7 @@ _NEIGHBOURS = ((0, 0), (0, 1), (0, 2), (1, 0), (1, 2), (2, 0), (2, 1), (2, 2))  
 _LANES = 8
 """Centers compared side by side: enough to keep the graph short, few enough to stay in the cache."""
 _LABEL_SCALE = 2.0**30
-"""Distance of the planes on which two regions lie while the nearest center is sought; squares stay finite."""
+"""By so much two regions are moved apart while the nearest center is sought; squares stay finite."""
 _FAR = 2.0**59
 _MAX_PIXELS = 2**23
 
@@ -66,6 +73,14 @@ class _Centers(NamedTuple):
     factor: Tensor
 
 
+class _Peaks(NamedTuple):
+    """Pixels that may be centers, (B, P) each; ``exists`` is 0 in the places that are not used."""
+
+    exists: Tensor
+    pixels: Tensor
+    values: Tensor
+
+
 class StaticGrouping(nn.Module):
     """Group a batch of maps into instances.
 
@@ -90,6 +105,9 @@ class StaticGrouping(nn.Module):
         self.rounds = rounds
         self.num_candidates = min(_MAX_CANDIDATES, height * width)
         self.num_slots = min(spec.max_instances, self.num_candidates)
+        self._radius = spec.window_size // 2
+        in_blocks = height % _BLOCK == 0 and width % _BLOCK == 0 and self._radius >= 2 * _BLOCK
+        self._block = _BLOCK if in_blocks else 1
         turns = -(-self.num_slots // _LANES)
         first_ids = torch.arange(_LANES, dtype=torch.float32) * turns + 1
         own_labels = torch.arange(1, height * width + 1, dtype=torch.float32)
@@ -110,7 +128,8 @@ class StaticGrouping(nn.Module):
             center_heatmap: (B, C - 1, h, w) float32, raw.
             offset_map: (B, 2, h, w) float32, (dy, dx), center minus pixel in network-input pixels.
         """
-        class_map, class_probs = semantic_probs.argmax(dim=1), semantic_probs.amax(dim=1)  # (B, h, w)
+        class_map = semantic_probs.argmax(dim=1)  # (B, h, w)
+        class_probs = read_channel(semantic_probs, class_map)
         full_class_map = enlarged_class_map(semantic_probs) if self.spec.profile == "fast" else class_map
         return self.group(class_map, class_probs, full_class_map, center_heatmap, offset_map)
 
@@ -128,8 +147,8 @@ class StaticGrouping(nn.Module):
         """
         classes = class_map.float()
         labels, _ = self.label_regions(classes)
-        values, peaks = self._find_peaks(class_map, classes, center_heatmap)
-        centers = self._choose_centers(labels, values, peaks, classes)
+        peaks = self._find_peaks(class_map, classes, center_heatmap)
+        centers = self._choose_centers(labels, peaks, classes)
         ids = self._assign_pixels(labels, centers, offset_map)  # (B, h, w)
         ones = (ids * 0 + 1).unsqueeze(2)  # (B, h, 1, w)
         if self.spec.profile == "fast":
@@ -142,7 +161,7 @@ class StaticGrouping(nn.Module):
         else:
             counts = self._count_rows(ids, torch.cat([ones, class_probs.unsqueeze(2)], dim=2))  # (B, h, 2, K)
             row_counts, row_mass = counts.unbind(2)  # (B, h, K)
-            column_counts = self._count_rows(ids.transpose(1, 2), ones.transpose(1, 3)).squeeze(2)  # (B, w, K)
+            column_counts = self._count_rows(ids.transpose(1, 2)).squeeze(2)  # (B, w, K)
             mass, grid_areas, kept = row_mass.sum(1), row_counts.sum(1), None
         areas = row_counts.sum(1)  # (B, K)
         alive = centers.used * (areas >= max(self.spec.min_area, 1)).float()
@@ -195,40 +214,102 @@ class StaticGrouping(nn.Module):
             highest = torch.maximum(highest, padded[:, y : y + height, x : x + width] * link)
         return highest
 
-    def _find_peaks(self, class_map: Tensor, classes: Tensor, center_heatmap: Tensor) -> tuple[Tensor, Tensor]:
-        """Return each pixel's heatmap value in the channel of its class, and 1 where it is a peak; (B, h, w) both."""
+    def _find_peaks(self, class_map: Tensor, classes: Tensor, center_heatmap: Tensor) -> _Peaks:
+        """Find the pixels that are the largest of their class in their window, and the last one of equals.
+
+        The maximum of a window is bounded by those of the blocks within it and of the blocks it touches, which decides
+        nearly all pixels. Windows are looked into only for pixels between the bounds, and where equals compete.
+        """
+        foreground = (classes > 0).float()
+        own_channel = (classes - foreground).long()  # background reads channel 0
+        values = read_channel(center_heatmap, own_channel)
+        above = foreground * (values > self.spec.center_threshold).float()
+        lowest, highest = self._bound_windows(class_map, own_channel, center_heatmap)
+        candidates = above * (values >= highest).float()
+        if self._block > 1:
+            doubtful = above * (values >= lowest).float() - candidates
+            candidates = candidates + self._largest_of_window(doubtful, values, classes)
+        return self._last_of_window(candidates, values, classes)
+
+    def _bound_windows(self, class_map: Tensor, own_channel: Tensor, center_heatmap: Tensor) -> tuple[Tensor, Tensor]:
+        """Bound the largest value of a pixel's class in its window from below and from above, (B, h, w) each."""
+        (height, width), block = self.grid, self._block
         channels = torch.arange(1, center_heatmap.shape[1] + 1, device=class_map.device).view(1, -1, 1, 1)
-        own_class = (class_map.unsqueeze(1) == channels).float()  # (B, C - 1, h, w)
-        own_channel = (classes - (classes > 0).float()).long().unsqueeze(1)  # background reads channel 0
         # Pixels of other classes become 0: the threshold is not negative, so they hide no peak.
-        strongest = self._window_maximum(center_heatmap * own_class).gather(1, own_channel).squeeze(1)
-        values = center_heatmap.gather(1, own_channel).squeeze(1)
-        candidates = (values > self.spec.center_threshold).float() * (values >= strongest).float()
-        candidates = candidates * (classes > 0).float()
-        marked = candidates * self._own_labels
-        last = self._window_maximum(marked.unsqueeze(1) * own_class).gather(1, own_channel).squeeze(1)
-        return values, candidates * (marked >= last).float()
+        maps = center_heatmap * (class_map.unsqueeze(1) == channels).float()  # (B, C - 1, h, w)
+        if block > 1:
+            maps = F.max_pool2d(maps, block)  # (B, C - 1, h / block, w / block)
+        columns = width // block
+        blocks = (self._rows / block).floor() * columns + (self._columns / block).floor()  # (1, h, w)
+        places = (own_channel * (height // block * columns) + blocks.long()).flatten(1)
+        within, touched = (self._radius - block + 1) // block, -(-self._radius // block)
+        maps = _window_maximum(maps, within)
+        lowest = maps.flatten(1).gather(1, places).reshape(-1, height, width)
+        if touched == within:
+            return lowest, lowest
+        maps = _window_maximum(maps, touched - within)
+        return lowest, maps.flatten(1).gather(1, places).reshape(-1, height, width)
 
-    def _window_maximum(self, maps: Tensor) -> Tensor:
-        remaining = self.spec.window_size // 2
-        while remaining:
-            radius = min(remaining, _LARGEST_POOL // 2)
-            maps = F.max_pool2d(maps, 2 * radius + 1, stride=1, padding=radius)
-            remaining -= radius
-        return maps
+    def _largest_of_window(self, doubtful: Tensor, values: Tensor, classes: Tensor) -> Tensor:
+        """Return 1 where a doubtful pixel has the largest value of its class in its window, (B, h, w)."""
+        pixels, own_value, exists = _select(doubtful, values, min(_MAX_DOUBTFUL, self._own_labels.numel()))
+        own_class = classes.flatten(1).gather(1, pixels)
+        side = range(-self._radius, self._radius + 1)
+        window = self._window_places(pixels, [(y, x) for y in side for x in side])  # (B, M, steps)
+        same_class = (self._read(classes, window) == own_class.unsqueeze(2)).float()
+        larger = same_class * (self._read(values, window) > own_value.unsqueeze(2)).float()
+        empty = classes.flatten(1) * 0
+        return empty.scatter(1, pixels, exists * (1 - larger.amax(2))).reshape(-1, *self.grid)
 
-    def _choose_centers(self, labels: Tensor, values: Tensor, peaks: Tensor, classes: Tensor) -> _Centers:
+    def _last_of_window(self, candidates: Tensor, values: Tensor, classes: Tensor) -> _Peaks:
+        """Keep the candidates that no later candidate of their class follows in their window."""
+        height, width = self.grid
+        marks = candidates * classes
+        if self._radius:
+            padded, followed = F.pad(marks, (1, 1, 0, 1)), candidates * 0
+            for y, x in _LATER_NEIGHBOURS:  # few pixels of a plateau remain
+                following = (padded[:, y : y + height, x : x + width] == classes).float()
+                followed = torch.maximum(followed, following)
+            candidates = candidates * (1 - followed)
+        pixels, own_value, exists = _select(candidates, values, min(_MAX_CONTENDERS, height * width))
+        if self._radius:
+            own_class = classes.flatten(1).gather(1, pixels)
+            side = range(-self._radius, self._radius + 1)
+            later = [(y, x) for y in range(self._radius + 1) for x in side if y or x > 0]
+            following = (self._read(marks, self._window_places(pixels, later)) == own_class.unsqueeze(2)).float()
+            exists = exists * (1 - following.amax(2))
+        return _Peaks(exists, pixels, own_value)
+
+    def _window_places(self, pixels: Tensor, steps: list[tuple[int, int]]) -> Tensor:
+        """Return where the pixels some (y, x) steps away lie in a map padded by the radius, (B, M) -> (B, M, steps)."""
+        width = self.grid[1]
+        padded_width = width + 2 * self._radius
+        numbers = pixels.float()
+        rows = ((numbers + 0.5) / width).floor()
+        places = numbers + rows * (2 * self._radius) + self._radius * (padded_width + 1)
+        away = torch.tensor([y * padded_width + x for y, x in steps], dtype=torch.float32, device=pixels.device)
+        return (places.unsqueeze(2) + away).long()
+
+    def _read(self, maps: Tensor, places: Tensor) -> Tensor:
+        """Read (B, h, w) maps at places in the map padded by the radius; 0 beyond the border."""
+        padded = F.pad(maps, [self._radius] * 4).flatten(1)
+        return padded.gather(1, places.flatten(1)).reshape(-1, *places.shape[1:])
+
+    def _choose_centers(self, labels: Tensor, peaks: _Peaks, classes: Tensor) -> _Centers:
         """Keep the first K of the peaks and of the last pixels of regions without a peak, in priority order."""
-        flat_labels, flat_peaks = labels.flatten(1), peaks.flatten(1)
+        flat_labels = labels.flatten(1)
         num_pixels = self.grid[0] * self.grid[1]
-        table = F.pad(flat_labels * 0, (1, 0))
-        has_peak = table.scatter(1, (flat_labels * flat_peaks).long(), flat_peaks)[:, 1:]  # (B, N), at the last pixel
-        is_last = (labels == self._own_labels).float().flatten(1)
-        pseudo = is_last * (1 - has_peak)
+        with_peak = flat_labels.gather(1, peaks.pixels) * peaks.exists
+        has_peak = _table_by_label(with_peak, peaks.exists, flat_labels)[:, 1:]  # (B, N), at the last pixel
+        pseudo = (labels == self._own_labels).float().flatten(1) * (1 - has_peak)
+        last_pixels = (pseudo * flat_labels).topk(self.num_candidates, dim=1)[0]  # (B, M) labels
         # Peaks have positive priorities, pseudo-centers -N .. -1 by pixel index, all other pixels less.
-        priority = flat_peaks * values.flatten(1) + pseudo * (flat_labels - (num_pixels + 1))
-        priority = priority - (1 - flat_peaks - pseudo) * (2 * num_pixels)
-        priority, pixels = priority.topk(self.num_candidates, dim=1)  # (B, M)
+        absent = -2.0 * num_pixels
+        of_peaks = peaks.exists * peaks.values + (1 - peaks.exists) * absent
+        of_pseudo = last_pixels - (num_pixels + 1) + (last_pixels == 0).float() * absent
+        pseudo_pixels = (last_pixels - (last_pixels > 0).float()).long()
+        priority, order = torch.cat([of_peaks, of_pseudo], dim=1).topk(self.num_candidates, dim=1)
+        pixels = torch.cat([peaks.pixels, pseudo_pixels], dim=1).gather(1, order)  # (B, M)
         exists = (priority > -num_pixels - 0.5).float()
         regions = flat_labels.gather(1, pixels) * exists
         smallest = -(-self.spec.min_area // self.spec.stride**2)
@@ -253,10 +334,8 @@ class StaticGrouping(nn.Module):
         numbers = torch.arange(count, 0, -1, dtype=torch.float32, device=regions.device).view(1, 1, count)
         same = (regions.unsqueeze(2) == regions.unsqueeze(1)).float()
         number = (same * numbers).amax(2)  # equal for all candidates of one region: that of the first
-        table = F.pad(flat_labels * 0, (1, 0)).scatter(1, regions.long(), number * (regions > 0).float())
-        number_of_pixel = _look_up(table, flat_labels).unsqueeze(1)  # (B, 1, N)
-        ones = (number_of_pixel * 0 + 1).unsqueeze(2)
-        areas = _histogram(number_of_pixel, ones, count).flatten(1)  # (B, M)
+        number_of_pixel = _look_up(_table_by_label(regions, number, flat_labels), flat_labels)  # (B, N)
+        areas = _histogram(number_of_pixel.unsqueeze(1), None, count).flatten(1)  # (B, M)
         return areas.gather(1, (number - 1).long())
 
     def _slots_in_order(self, priority: Tensor, pixels: Tensor, exists: Tensor) -> Tensor:
@@ -274,7 +353,7 @@ class StaticGrouping(nn.Module):
     def _assign_pixels(self, labels: Tensor, centers: _Centers, offset_map: Tensor) -> Tensor:
         """Give each pixel of a region the id of the region's center nearest to where its offset points.
 
-        The label is a third coordinate, in which different regions are farther apart than any offset reaches.
+        Labels move regions apart, farther than any offset reaches.
         """
         stride = float(self.spec.stride)
         target_y = (offset_map[:, 0] / stride + self._rows).flatten(1).unsqueeze(1)  # (B, 1, N)
@@ -284,8 +363,9 @@ class StaticGrouping(nn.Module):
         by_turn = [self._by_turn(t, turns) for t in (centers.y, centers.x, centers.region * _LABEL_SCALE)]
         nearest, ids = plane * 0 + _FAR, plane * 0
         for turn, (y, x, region) in enumerate(zip(*by_turn, strict=True)):
-            down, right, across = target_y - y, target_x - x, plane - region  # (B, lanes, N)
-            distance = down * down + right * right + across * across
+            down = (target_y - y) + (plane - region)  # (B, lanes, N); within a region the second part is 0
+            right = target_x - x
+            distance = down * down + right * right
             ids = torch.maximum(ids, (distance < nearest).float() * (self._first_ids + turn))
             nearest = torch.minimum(nearest, distance)
         lanes = _LANES
@@ -318,8 +398,8 @@ class StaticGrouping(nn.Module):
         agrees = (full_classes == class_of_id[:, :, None, :, None]).float()
         return ids, agrees * (ids > 0).float()[:, :, None, :, None]
 
-    def _count_rows(self, ids: Tensor, weights: Tensor) -> Tensor:
-        """Sum weights by id in every row: (B, R, S) ids and (B, R, n, S) weights -> (B, R, n, K)."""
+    def _count_rows(self, ids: Tensor, weights: Tensor | None = None) -> Tensor:
+        """Count pixels, or sum weights, by id in every row: (B, R, S) ids, (B, R, n, S) weights -> (B, R, n, K)."""
         return _histogram(ids, weights, self.num_slots)
 
     def _padded(self, output: GroupingOutput) -> GroupingOutput:
@@ -341,9 +421,15 @@ def enlarged_class_map(semantic_probs: Tensor) -> Tensor:
     Returns:
         (B, 4h, 4w) int64.
     """
-    wide = torch.stack(_quarters(semantic_probs, dim=3), dim=4).flatten(3, 4)  # (B, C, h, 4w)
-    rows = [phase.argmax(dim=1) for phase in _quarters(wide, dim=2)]  # 4 x (B, h, 4w)
+    probs = semantic_probs.permute(0, 2, 3, 1)  # (B, h, w, C): an argmax is fastest along the last axis
+    wide = torch.stack(_quarters(probs, dim=2), dim=3).flatten(2, 3)  # (B, h, 4w, C)
+    rows = [phase.argmax(dim=3) for phase in _quarters(wide, dim=1)]  # 4 x (B, h, 4w)
     return torch.stack(rows, dim=2).flatten(1, 2)
+
+
+def read_channel(maps: Tensor, channel: Tensor) -> Tensor:
+    """Read one channel of (B, C, h, w) maps at every pixel; channel is (B, h, w) int64, the result (B, h, w)."""
+    return maps.gather(1, channel.unsqueeze(1)).squeeze(1)
 
 
 def _quarters(maps: Tensor, dim: int) -> list[Tensor]:
@@ -360,6 +446,41 @@ def _quarters(maps: Tensor, dim: int) -> list[Tensor]:
     ]
 
 
+def _window_maximum(maps: Tensor, radius: int) -> Tensor:
+    while radius:
+        part = min(radius, _LARGEST_POOL // 2)
+        maps = F.max_pool2d(maps, 2 * part + 1, stride=1, padding=part)
+        radius -= part
+    return maps
+
+
+def _select(chosen: Tensor, values: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return indices and values of the ``count`` largest chosen pixels of (B, h, w) maps, and 1 where there is one.
+
+    Values of chosen pixels are positive.
+    """
+    largest, pixels = (chosen * values).flatten(1).topk(count, dim=1)
+    return pixels, largest, (largest > 0).float()
+
+
+def _table_by_label(labels: Tensor, values: Tensor, flat_labels: Tensor) -> Tensor:
+    """Write values at the labels they belong to, (B, M) each; equal labels have equal values, label 0 has none.
+
+    Returns:
+        (B, 1 + N) for the (B, N) labels of the pixels. No place is written twice: values whose label was seen before
+        go behind the table.
+    """
+    count = labels.shape[1]
+    numbers = torch.arange(count, dtype=torch.float32, device=labels.device)
+    earlier = (numbers.unsqueeze(0) < numbers.unsqueeze(1)).float()
+    seen = ((labels.unsqueeze(2) == labels.unsqueeze(1)).float() * earlier).amax(2)
+    written = (labels > 0).float() * (1 - seen)
+    behind = numbers + (flat_labels.shape[1] + 1)
+    places = labels * written + behind * (1 - written)
+    table = F.pad(flat_labels * 0, (1, count))
+    return table.scatter(1, places.long(), values * written)[:, :-count]
+
+
 def _jump(table: Tensor) -> Tensor:
     """Let every label point to what the one it points to points to, some times over."""
     for _ in range(_JUMPS):
@@ -372,12 +493,12 @@ def _look_up(table: Tensor, keys: Tensor) -> Tensor:
     return table.gather(1, keys.long())
 
 
-def _histogram(ids: Tensor, weights: Tensor, count: int) -> Tensor:
+def _histogram(ids: Tensor, weights: Tensor | None, count: int) -> Tensor:
     """Sum weights by id within every row, as a product of the one-hot codes of the two digits of the id.
 
     Args:
         ids: (B, R, S) float32, 0..count; 0 is not counted.
-        weights: (B, R, n, S) float32.
+        weights: (B, R, n, S) float32; none where pixels are only counted, n = 1.
         count: number of ids.
 
     Returns:
@@ -391,9 +512,12 @@ def _histogram(ids: Tensor, weights: Tensor, count: int) -> Tensor:
     digits = torch.arange(max(high_count, base), dtype=torch.float32, device=ids.device).view(1, 1, -1, 1)
     high_code = (high == digits[:, :, :high_count]).float()  # (B, R, high, S); none for id 0
     low_code = (low == digits[:, :, :base]).float()  # (B, R, low, S)
-    weighted = (low_code.unsqueeze(2) * weights.unsqueeze(3)).flatten(2, 3)  # (B, R, n * low, S)
-    sums = torch.matmul(high_code, weighted.transpose(2, 3))  # (B, R, high, n * low)
-    sums = sums.reshape(-1, sums.shape[1], high_count, weights.shape[2], base).transpose(2, 3)  # (B, R, n, high, low)
+    num_weights = 1
+    if weights is not None:
+        num_weights = weights.shape[2]
+        low_code = (low_code.unsqueeze(2) * weights.unsqueeze(3)).flatten(2, 3)  # (B, R, n * low, S)
+    sums = torch.matmul(high_code, low_code.transpose(2, 3))  # (B, R, high, n * low)
+    sums = sums.reshape(-1, sums.shape[1], high_count, num_weights, base).transpose(2, 3)  # (B, R, n, high, low)
     flat: Tensor = sums.flatten(3, 4)[..., :count]
     return flat
 
