@@ -39,7 +39,9 @@ _JUMPS = 3
 _LARGEST_POOL = 11
 """Side of the largest maximum pool; a larger window is a chain of them, several times faster on a CPU."""
 _NEIGHBOURS = ((0, 0), (0, 1), (0, 2), (1, 0), (1, 2), (2, 0), (2, 1), (2, 2))  # (y, x) in a map padded by 1
-_LANES = 8
+_LANE_ORDER = (0, 4, 2, 6, 1, 5, 3, 7)
+"""Runs of center slots in the lanes: whenever the lanes are folded in half, a run meets the one behind it."""
+_LANES = len(_LANE_ORDER)
 """Centers compared side by side: enough to keep the graph short, few enough to stay in the cache."""
 _LABEL_SCALE = 2.0**30
 """By so much two regions are moved apart while the nearest center is sought; squares stay finite."""
@@ -109,7 +111,7 @@ class StaticGrouping(nn.Module):
         in_blocks = height % _BLOCK == 0 and width % _BLOCK == 0 and self._radius >= 2 * _BLOCK
         self._block = _BLOCK if in_blocks else 1
         turns = -(-self.num_slots // _LANES)
-        first_ids = torch.arange(_LANES, dtype=torch.float32) * turns + 1
+        first_ids = torch.tensor(_LANE_ORDER, dtype=torch.float32) * turns + 1
         own_labels = torch.arange(1, height * width + 1, dtype=torch.float32)
         self._own_labels: Tensor
         self._rows: Tensor
@@ -369,7 +371,7 @@ class StaticGrouping(nn.Module):
             ids = torch.maximum(ids, (distance < nearest).float() * (self._first_ids + turn))
             nearest = torch.minimum(nearest, distance)
         lanes = _LANES
-        while lanes > 1:  # the first half of the lanes has the lower ids, and so wins ties
+        while lanes > 1:  # the first half wins ties: each of its lanes holds lower ids than its counterpart
             lanes //= 2
             others_win = (nearest[:, lanes:] < nearest[:, :lanes]).float()
             ids = ids[:, :lanes] * (1 - others_win) + ids[:, lanes:] * others_win
@@ -379,7 +381,8 @@ class StaticGrouping(nn.Module):
     def _by_turn(self, values: Tensor, turns: int) -> list[Tensor]:
         """Deal (B, K) slots to lanes, each lane a run of successive slots: one (B, lanes, 1) per turn."""
         padded = F.pad(values, (0, turns * _LANES - self.num_slots), value=-_LABEL_SCALE)
-        dealt = padded.reshape(-1, _LANES, turns)
+        runs = padded.reshape(-1, _LANES, turns)
+        dealt = torch.stack([runs[:, run] for run in _LANE_ORDER], dim=1)
         return [dealt[:, :, turn : turn + 1] for turn in range(turns)]
 
     def _enlarge(self, ids: Tensor, centers: _Centers, full_class_map: Tensor) -> tuple[Tensor, Tensor]:

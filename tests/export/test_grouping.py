@@ -117,6 +117,13 @@ def test_first_center_in_priority_wins_a_tie() -> None:
     np.testing.assert_array_equal(output.instance_ids[0, 0], [2, 2, 2, 1, 1, 1, 1])
 
 
+def test_ties_among_many_centers_go_to_the_first() -> None:
+    probs, heatmap, offsets = maps_from_classes(np.ones((40, 40), int))
+    heatmap[0, ::4, ::4] = np.random.default_rng(0).permutation(100).reshape(10, 10) / 200 + 0.25
+    spec = GroupingSpec(nms_kernel_size=3, min_area=0, max_instances=100)
+    assert assert_agrees_with_the_reference(spec, 4, probs, heatmap, offsets) == 100
+
+
 def test_equal_neighbours_give_one_peak_the_last() -> None:
     probs, heatmap, offsets = maps_from_classes(np.ones((5, 5), int))
     heatmap[0, 1:3, 1:3] = 0.7
@@ -158,13 +165,62 @@ def test_any_number_of_slots_agrees_with_the_reference(num_slots: int) -> None:
     heatmap += generator.random(heatmap.shape).astype(np.float32)
     offsets += generator.normal(0, 3, offsets.shape).astype(np.float32)
     spec = GroupingSpec(nms_kernel_size=5, min_area=2, max_instances=num_slots)
-    output = run(spec, probs, heatmap, offsets)
-    reference = group_instances(probs, heatmap, offsets, spec)
+    assert_agrees_with_the_reference(spec, 4, probs, heatmap, offsets)
+
+
+def assert_agrees_with_the_reference(spec: GroupingSpec, rounds: int, *maps: np.ndarray) -> int:
+    """Compare the twin with the reference, and return the number of instances."""
+    output = StaticGrouping(spec, maps[0].shape[1:], rounds)(*(torch.from_numpy(m)[None] for m in maps))
+    reference = group_instances(*maps, spec)
     used = output.areas[0] > 0
     new_ids = torch.nn.functional.pad(used.cumsum(0) * used, (1, 0))
     np.testing.assert_array_equal(new_ids[output.instance_ids[0].long()], reference.instance_ids)
     np.testing.assert_array_equal(output.labels[0][used], reference.labels)
     np.testing.assert_allclose(output.scores[0][used], reference.scores, rtol=1e-5)
+    return len(reference)
+
+
+@pytest.mark.parametrize("window", [17, 19, 21, 41])
+@pytest.mark.parametrize("levels", [1, 2, 3, 8, 1000])
+def test_equal_values_in_large_windows_agree_with_the_reference(levels: int, window: int) -> None:
+    for seed in range(4):
+        generator = np.random.default_rng([levels, window, seed])
+        classes = generator.integers(0, 3, (8, 10)).repeat(8, 0).repeat(8, 1)
+        classes[generator.random(classes.shape) < 0.02 * seed] = 1  # specks within the other regions
+        probs, heatmap, offsets = maps_from_classes(classes)
+        coarse = generator.integers(0, levels + 1, (2, 32, 40)) / np.float32(levels)
+        heatmap += coarse.repeat(2, 1).repeat(2, 2).astype(np.float32)  # plateaus of 2x2 pixels and more
+        offsets += generator.normal(0, 3, offsets.shape).astype(np.float32)
+        spec = GroupingSpec(nms_kernel_size=window, min_area=0, max_instances=200)
+        assert assert_agrees_with_the_reference(spec, 6, probs, heatmap, offsets) > 5
+
+
+@pytest.mark.parametrize(
+    "mask",
+    [spiral(96, 12), serpentine(96), comb(96), np.pad(maze(95, 1), ((0, 1), (0, 1)))],
+    ids=["spiral", "serpentine", "comb", "maze"],
+)
+def test_intricate_regions_agree_with_the_reference(mask: np.ndarray) -> None:
+    generator = np.random.default_rng(0)
+    classes = np.where(mask, 1, 2)
+    probs, heatmap, offsets = maps_from_classes(classes)
+    heatmap += generator.random(heatmap.shape).astype(np.float32)
+    spec = GroupingSpec(nms_kernel_size=41, min_area=50, max_instances=64)
+    assert assert_agrees_with_the_reference(spec, 6, probs, heatmap, offsets) > 5
+
+
+def test_a_larger_value_at_the_very_edge_of_a_window_counts() -> None:
+    radius = 20
+    for row in range(4):
+        for column in range(4):
+            probs, heatmap, offsets = maps_from_classes(np.ones((64, 64), int))
+            heatmap[0, row + 4, column + 4] = 0.5
+            heatmap[0, row + 4 + radius, column + 4 - row % 2] = 0.9  # within the window of the first
+            heatmap[0, row + 4, column + 4 + radius + 1] = 0.9  # one pixel beyond it
+            spec = GroupingSpec(nms_kernel_size=2 * radius + 1, min_area=0, max_instances=4)
+            assert assert_agrees_with_the_reference(spec, 4, probs, heatmap, offsets) == 2
+            heatmap[0, row + 4 + radius, column + 4 - row % 2] = 0
+            assert assert_agrees_with_the_reference(spec, 4, probs, heatmap, offsets) == 2
 
 
 def test_enlarged_class_map_is_bilinear_with_half_pixel_centers() -> None:
