@@ -13,6 +13,7 @@ the file of the graph variant of its precision.
 manifest under keys that begin with ``cl4wsis.``. So does every other variant, beside the file that holds its weights.
 """
 
+import glob
 import json
 import os
 import shutil
@@ -137,18 +138,41 @@ class GoldenCase(Settings):
     """NPZ file, one array per output of the graph, without the batch axis."""
 
 
+HardwareLevel = Literal["none", "same-compute-capability", "ampere-plus"]
+"""On which GPUs beside the one it was built on a TensorRT engine shall run."""
+
+
 class EngineInfo(Settings):
-    """An engine built from the graph; a cache, only of use where it fits."""
+    """An engine built from one of the graphs; a cache, only of use where it fits."""
 
     file: PathInBundle
     runtime: str
-    """``tensorrt-rtx`` with its version."""
+    """``tensorrt`` or ``tensorrt-rtx``, with its version."""
     compute_capabilities: tuple[str, ...]
     """GPUs it was built for, such as ``8.6``."""
+    min_batch: int = 1
+    """Smallest batch it accepts."""
+    opt_batch: int = 1
+    """Batch for which its kernels were chosen."""
     max_batch: int
     """Largest batch it accepts."""
     graph_sha256: str
-    """The ``model.onnx`` it was built from."""
+    """The graph it was built from."""
+    gpu: str | None = None
+    """Name of the GPU it was built on; none if it was built without one."""
+    driver: str | None = None
+    """Driver of that GPU."""
+    platform: str = ""
+    """Operating system and processor of the machine it was built on, such as ``linux-x86_64``."""
+    hardware_level: HardwareLevel = "none"
+    version_compatible: bool = False
+    """Whether later versions of TensorRT accept it too."""
+    refittable: bool = False
+    """Whether other weights can be put into it."""
+    workspace_mib: int | None = None
+    """Limit of the memory of a layer while it was built, MiB."""
+    types: dict[str, int] = Field(default_factory=dict)
+    """Layers with weights by the arithmetic that was read back from it."""
 
 
 class Manifest(Settings):
@@ -371,10 +395,12 @@ def _manifest_text(manifest: Manifest) -> str:
 @contextmanager
 def _replaced_folder(destination: Path) -> Iterator[Path]:
     """Give a temporary folder beside the destination that takes its place when the block ends without an error."""
+    _remove_leftovers(destination)
     token = uuid.uuid4().hex[:8]
     temporary = destination.with_name(f".{destination.name}.{token}.tmp")
     old = destination.with_name(f".{destination.name}.{token}.old")
     temporary.mkdir()
+    lock = _lock(temporary)
     try:
         yield temporary
         if destination.exists():
@@ -388,6 +414,42 @@ def _replaced_folder(destination: Path) -> Iterator[Path]:
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)
+        if lock is not None:
+            os.close(lock)
+
+
+def _remove_leftovers(destination: Path) -> None:
+    """Remove what a killed process left beside the destination; a bundle it had already put aside is put back."""
+    for temporary in destination.parent.glob(f".{glob.escape(destination.name)}.*.tmp"):
+        lock = _lock(temporary)
+        if lock is not None:
+            shutil.rmtree(temporary, ignore_errors=True)
+            os.close(lock)
+    for old in destination.parent.glob(f".{glob.escape(destination.name)}.*.old"):
+        if old.with_suffix(".tmp").exists():
+            continue  # its process lives and is about to put the new bundle into this place
+        if destination.exists():
+            shutil.rmtree(old, ignore_errors=True)
+        else:
+            old.rename(destination)
+
+
+def _lock(folder: Path) -> int | None:
+    """Lock a folder for as long as this process lives; none if another process holds it or locks are unknown here."""
+    try:
+        import fcntl
+    except ImportError:  # Windows: leftovers stay under their hidden names
+        return None
+    try:
+        handle = os.open(folder, os.O_RDONLY)
+    except OSError:
+        return None
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(handle)
+        return None
+    return handle
 
 
 def _read_manifest(folder: Path) -> Manifest:
