@@ -51,7 +51,7 @@ def find_config(name: str | Path) -> Path:
     shipped = config_folder() / f"{name}.toml"
     if shipped.is_file():
         return shipped
-    files = (file for file in config_folder().rglob("*.toml") if file.stem != "base")
+    files = (file for file in config_folder().rglob("*.toml") if file.stem != "base" and file.parent.name != "presets")
     known = sorted(str(file.relative_to(config_folder()).with_suffix("")) for file in files)
     raise ConfigError(
         f"no plan '{name}': neither a file nor one of the plans that come with cl4wsis ({', '.join(known)})"

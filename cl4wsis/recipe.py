@@ -28,6 +28,10 @@ class NetworkSettings(Settings):
     head_init: Literal["default", "prior"] = "default"
     """First values of the class heads: the framework's, as published, or ``prior``: new classes are rare and have no
     centers, so that short trainings do not spend their time on unlearning them."""
+    new_class_init: Literal["default", "background", "old_mean"] = "default"
+    """First values of the outputs that a later step adds: as ``head_init`` says (published: random); ``background``: in
+    the semantic head they share background's probability among them, in the center head they are empty; ``old_mean``:
+    the mean of the old classes in both."""
     output_stride: Literal[8, 16] = 16
     """Stride of the last encoder features."""
     semantic_channels: int = Field(256, gt=0)
@@ -44,6 +48,11 @@ class NetworkSettings(Settings):
     """Channels of the auxiliary decoder of phase 1."""
 
 
+LEARNING_FIELDS = ("encoder_statistics", "head_init", "new_class_init", "localizer_channels")
+"""Fields of :class:`NetworkSettings` that say how a step learns. The others describe the network and are those of
+step 0, whatever a later step's recipe says."""
+
+
 class OptimizerSettings(Settings):
     """Optimiser and learning rates of one phase; the rate decays as (1 - it / it_max) ** power."""
 
@@ -51,7 +60,7 @@ class OptimizerSettings(Settings):
     encoder_lr: float = Field(5e-5, ge=0)
     """Learning rate of the encoder."""
     head_lr: float = Field(5e-5, ge=0)
-    """Learning rate of everything else."""
+    """Learning rate of everything else. In step 0 the authors' code has that of the encoder, the paper ten times it."""
     inherited_lr: float | None = Field(None, ge=0)
     """Learning rate of what the branches in training took over from the previous step; ``head_lr``, as published, when
     not given. A smaller one forgets less: there are no old images to keep these weights in place."""
@@ -117,6 +126,9 @@ class SemanticPhase(Settings):
     """Whether background may be drawn as well."""
     peak_generator: bool = True
     """Train the peak generator; without it phase 2 takes peaks from the class probabilities of the decoder."""
+    peak_module: Literal["generator", "attention"] = "generator"
+    """What turns activations into peaks: the ``generator``, whose 1x1 convolution learns, or its predecessor, the peak
+    ``attention`` module (BESTIE, CVPR 2022), which only removes what lies below 0.7 of the maximum."""
     peak_input: Literal["logits", "log_odds"] = "logits"
     """What the peak generator sees: new-class logits as published, or the log-odds of their softmax. A logit may be
     largest where background's is larger still; then peaks stand beside the object."""
@@ -126,6 +138,9 @@ class SemanticPhase(Settings):
     """Train the auxiliary decoder on its own maps, refined by PAMR."""
     label_smoothing: float = Field(0.5, ge=0, le=1)
     """Share of the hard pseudo label in the semantic target (alpha)."""
+    clean_old_targets: bool = False
+    """With tags of all seen classes, also remove untagged old classes from the semantic target, as the paper says; in
+    the authors' code tags clean the target of the auxiliary decoder alone."""
 
 
 class PeakSettings(Settings):
@@ -181,10 +196,22 @@ class InstancePhase(Settings):
     refine: RefineSettings = RefineSettings()
 
 
+class EvaluationSettings(Settings):
+    """Traits of the published inference, for parity with it; they belong to the grouping profile ``paper``."""
+
+    align_corners: bool = False
+    """Enlarge maps to the network input with their corners aligned, as published. Training never does."""
+    rescale_offsets: bool = True
+    """Turn offsets from pixels of the network input into pixels of the image, in which ``paper`` groups. The authors'
+    code does not, so that its offsets are too long where an image is larger than the input, and too short elsewhere."""
+
+
 class Recipe(Settings):
     """How a plan is trained and evaluated."""
 
     seed: int = 42
+    preset: str = Field("", pattern=r"^([A-Za-z0-9][A-Za-z0-9._-]*)?$")
+    """Name of the preset that was laid over the plan; its steps stand in a folder of this name within the run."""
     method: Literal["cl4wsis", "fine-tune", "joint"] = "cl4wsis"
     """``cl4wsis``: tags alone after step 0. Supervised baselines: ``fine-tune`` on masks of the new classes, ``joint``
     on masks of all classes seen so far."""
@@ -208,6 +235,7 @@ class Recipe(Settings):
     instance: InstancePhase = InstancePhase()
     grouping: GroupingSpec = GroupingSpec()
     """Post-processing in evaluation and export, lengths in pixels of the network input."""
+    evaluation: EvaluationSettings = EvaluationSettings()
 
     @model_validator(mode="after")
     def _check_sizes(self) -> Self:
@@ -216,7 +244,17 @@ class Recipe(Settings):
             raise ValueError(f"crop_size {self.crop_size} must be a multiple of {stride}")
         if any(side % stride or side < stride for side in self.input_size):
             raise ValueError(f"input_size {self.input_size} must be multiples of {stride}")
+        if self.evaluation != EvaluationSettings() and self.grouping.profile != "paper":
+            raise ValueError(
+                f"evaluation.align_corners and evaluation.rescale_offsets belong to grouping.profile 'paper', "
+                f"found '{self.grouping.profile}'"
+            )
         return self
+
+    @property
+    def variant(self) -> str:
+        """Name under which the later steps of a run stand: that of the preset, or else of the method."""
+        return self.preset or self.method
 
     @property
     def length_scale(self) -> float:

@@ -63,31 +63,30 @@ class StepInfo(Settings):
     """Versions of cl4wsis, torch and timm."""
 
 
-def step_folder(run: Path, step: int, method: str = "cl4wsis") -> Path:
+def step_folder(run: Path, step: int, variant: str = "cl4wsis") -> Path:
     """Return the folder of a step, which need not exist.
 
-    Supervised baselines stand in a folder of their own within the run. They share the base step, but for ``joint``,
-    which begins anew at every step.
+    Presets and supervised baselines stand in a folder of their own within the run. They share the base step.
 
     Args:
         run: run folder.
         step: step number.
-        method: ``recipe.method`` of the plan.
+        variant: ``recipe.variant`` of the plan.
     """
-    shared = method == "cl4wsis" or (step == 0 and method != "joint")
-    return (run if shared else run / method) / f"step-{step}"
+    shared = variant == "cl4wsis" or step == 0
+    return (run if shared else run / variant) / f"step-{step}"
 
 
-def trained_steps(run: Path, method: str = "cl4wsis") -> list[int]:
+def trained_steps(run: Path, variant: str = "cl4wsis") -> list[int]:
     """List the complete steps of a run, in order."""
-    parents = {step_folder(run, step, method).parent for step in (0, 1)}
+    parents = {step_folder(run, step, variant).parent for step in (0, 1)}
     found = (
         re.fullmatch(r"step-(\d+)", path.parent.name)
         for parent in parents
         for path in parent.glob(f"step-*/{STEP_FILE}")
     )
     steps = {int(match[1]) for match in found if match}
-    return sorted(step for step in steps if (step_folder(run, step, method) / STEP_FILE).is_file())
+    return sorted(step for step in steps if (step_folder(run, step, variant) / STEP_FILE).is_file())
 
 
 def read_step(folder: Path) -> StepInfo:

@@ -12,6 +12,7 @@ from pydantic import Field, model_validator
 
 from cl4wsis.config import Settings, build_settings, find_config, merge, parse_overrides, read_toml
 from cl4wsis.errors import ConfigError
+from cl4wsis.presets import apply_preset
 from cl4wsis.recipe import Recipe
 
 
@@ -240,19 +241,22 @@ class Plan(Settings):
         return ClassSplit(step=step, old_names=old, new_names=self.steps[step])
 
 
-def load_plan(path: str | Path, overrides: Iterable[str] = ()) -> Plan:
+def load_plan(path: str | Path, overrides: Iterable[str] = (), preset: str | None = None) -> Plan:
     """Read a plan.
 
     Args:
         path: a TOML file, or the name of a plan that comes with the package.
         overrides: assignments such as ``recipe.base.epochs=5``, applied last.
+        preset: how later steps learn: the name of a preset, or its file, laid over the plan before the overrides.
 
     Raises:
-        ConfigError: the file is missing or wrong; every problem is named with its field.
+        ConfigError: a file is missing or wrong; every problem is named with its field.
     """
-    file = find_config(path)
-    tables = merge(read_toml(file), parse_overrides(overrides))
-    return build_settings(Plan, tables, str(path))
+    tables = read_toml(find_config(path))
+    if preset is not None:
+        tables = apply_preset(tables, preset)
+    source = str(path) if preset is None else f"{path} with preset {preset}"
+    return build_settings(Plan, merge(tables, parse_overrides(overrides)), source)
 
 
 def class_color(label: int) -> tuple[int, int, int]:

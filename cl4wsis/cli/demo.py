@@ -89,8 +89,8 @@ def measured_steps(plan: "Plan", run: Path) -> dict[int, "EvaluationReport"]:
     from cl4wsis.metrics import EvaluationReport
     from cl4wsis.steps import read_step, step_folder, trained_steps
 
-    method = plan.recipe.method
-    infos = {step: read_step(step_folder(run, step, method)) for step in trained_steps(run, method)}
+    variant = plan.recipe.variant
+    infos = {step: read_step(step_folder(run, step, variant)) for step in trained_steps(run, variant)}
     return {step: EvaluationReport.model_validate(info.metrics) for step, info in infos.items() if info.metrics}
 
 

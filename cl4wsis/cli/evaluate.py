@@ -15,6 +15,7 @@ from cl4wsis.cli.options import (
     PostOption,
     PrecisionChoice,
     PrecisionOption,
+    PresetOption,
     RunOption,
     Runtime,
     SetOption,
@@ -35,6 +36,7 @@ def evaluate(
     step: Annotated[
         int | None, typer.Option(help="Measure the trained network of this step instead of a bundle (needs torch).")
     ] = None,
+    preset: PresetOption = None,
     method: MethodOption = None,
     run: RunOption = None,
     settings: SetOption = None,
@@ -51,7 +53,7 @@ def evaluate(
     from cl4wsis.cli.report import print_report
     from cl4wsis.tasks import load_plan
 
-    plan = load_plan(config, [*(settings or []), *([f"recipe.method={method}"] if method else [])])
+    plan = load_plan(config, [*(settings or []), *([f"recipe.method={method}"] if method else [])], preset)
     folder = run or Path("runs") / plan.name
     if step is None:
         path = bundle or newest_bundle(folder)
@@ -87,7 +89,7 @@ def _evaluate_step(plan: "Plan", step: int, run: Path) -> "EvaluationReport":
     from cl4wsis_train.checkpoint import load_step
     from cl4wsis_train.evaluate import evaluate_network
 
-    network, _ = load_step(step_folder(run, step, plan.recipe.method))
+    network, _ = load_step(step_folder(run, step, plan.recipe.variant))
     with progress_bar() as bar:
         task = bar.add_task("evaluate", total=None)
         return evaluate_network(network, plan, step, lambda done, total: bar.update(task, completed=done, total=total))

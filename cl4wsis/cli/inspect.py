@@ -70,7 +70,7 @@ def _inspect_step(folder: Path, as_json: bool) -> None:
         print_json({"kind": "step", **info.model_dump(mode="json")})
         return
     fields: list[tuple[str, object]] = [
-        ("plan", f"{info.plan.name} ({info.plan.recipe.method})"),
+        ("plan", f"{info.plan.name} ({info.plan.recipe.variant})"),
         ("step", f"{info.step} of {info.plan.num_steps - 1}"),
         ("encoder", info.network.encoder),
         ("input", f"{_size(info.input.size)} px"),
@@ -101,7 +101,7 @@ def _inspect_run(folder: Path, as_json: bool) -> None:
     rows = (
         (
             path.relative_to(folder),
-            info.plan.recipe.method,
+            info.plan.recipe.variant,
             _new_classes(info),
             _seconds(info),
             info.weights_sha256[:12],

@@ -22,6 +22,14 @@ MethodOption = Annotated[
         "--method", help="cl4wsis, or a supervised baseline: fine-tune or joint. Short for --set recipe.method=..."
     ),
 ]
+PresetOption = Annotated[
+    str | None,
+    typer.Option(
+        "--preset",
+        help="How later steps learn: ours, plus, pam, wilson, fine-tune, joint, ... or a TOML file. They stand in "
+        "<run>/<preset>; step 0 is the plan's own.",
+    ),
+]
 RunOption = Annotated[Path | None, typer.Option("--run", help="Run folder; runs/<plan name> when not given.")]
 DeviceOption = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or mps.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]

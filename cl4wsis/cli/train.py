@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from cl4wsis.cli.options import ConfigOption, DeviceOption, JsonOption, MethodOption, RunOption, SetOption
+from cl4wsis.cli.options import ConfigOption, DeviceOption, JsonOption, MethodOption, PresetOption, RunOption, SetOption
 
 
 def train_step(
@@ -15,6 +15,7 @@ def train_step(
     ] = None,
     run: RunOption = None,
     settings: SetOption = None,
+    preset: PresetOption = None,
     method: MethodOption = None,
     with_previous: Annotated[
         bool, typer.Option("--with-previous", help="Train the steps before this one first where they are missing.")
@@ -33,10 +34,11 @@ def train_step(
     from cl4wsis.tasks import load_plan
 
     overrides = [*(settings or []), *([f"recipe.method={method}"] if method else [])]
-    plan = load_plan(config, overrides)
+    base_plan = load_plan(config, overrides)
+    plan = base_plan if preset is None else load_plan(config, overrides, preset)
     folder = run or Path("runs") / plan.name
     if step is None:
-        done = trained_steps(folder, plan.recipe.method)
+        done = trained_steps(folder, plan.recipe.variant)
         missing = [s for s in range(plan.num_steps) if s not in done]
         if not missing:
             raise RunError(f"all {plan.num_steps} steps of plan '{plan.name}' are trained already, see {folder}")
@@ -48,9 +50,9 @@ def train_step(
 
     fabric = build_fabric(plan, device, int(devices) if devices.isdigit() else devices)
     for number in missing_steps(plan, step, folder) if with_previous else [step]:
-        train(plan, number, folder, fabric=fabric, report=_say)
+        train(plan if number else base_plan, number, folder, fabric=fabric, report=_say)
     if fabric.is_global_zero:
-        print_step(step_folder(folder, step, plan.recipe.method), as_json)
+        print_step(step_folder(folder, step, plan.recipe.variant), as_json)
 
 
 def _say(text: str) -> None:

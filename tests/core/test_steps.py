@@ -92,7 +92,8 @@ def test_a_step_file_that_does_not_fit_is_named_with_its_first_problem(
         ("cl4wsis", 12, "step-12"),
         ("fine-tune", 0, "step-0"),
         ("fine-tune", 1, "fine-tune/step-1"),
-        ("joint", 0, "joint/step-0"),
+        ("joint", 0, "step-0"),
+        ("wilson", 2, "wilson/step-2"),
         ("joint", 1, "joint/step-1"),
     ],
 )
@@ -107,7 +108,7 @@ def test_only_complete_steps_are_found_in_number_order(tmp_path: Path) -> None:
     (tmp_path / "step-1").mkdir()  # begun, not finished
     assert trained_steps(tmp_path) == [0, 2, 10]
     assert trained_steps(tmp_path, "fine-tune") == [0, 1]
-    assert trained_steps(tmp_path, "joint") == [1]
+    assert trained_steps(tmp_path, "joint") == [0, 1]
 
 
 def test_a_run_that_does_not_exist_has_no_steps(tmp_path: Path) -> None:

@@ -141,7 +141,7 @@ def test_lengths_scale_with_the_crop() -> None:
 
 def shipped_plans() -> list[str]:
     folder = config_folder()
-    files = (path for path in folder.rglob("*.toml") if path.stem != "base")
+    files = (path for path in folder.rglob("*.toml") if path.stem != "base" and path.parent.name != "presets")
     return sorted(str(path.relative_to(folder).with_suffix("")) for path in files)
 
 

@@ -45,7 +45,7 @@ SMALL_SHAPES = ("data.num_train=8", "data.num_val=4", "data.image_size=64")
 
 def shipped_plans() -> list[str]:
     folder = config_folder()
-    files = (path for path in folder.rglob("*.toml") if path.stem != "base")
+    files = (path for path in folder.rglob("*.toml") if path.stem != "base" and path.parent.name != "presets")
     return sorted(str(path.relative_to(folder).with_suffix("")) for path in files)
 
 

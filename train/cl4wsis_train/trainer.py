@@ -21,7 +21,7 @@ from torch import nn
 import cl4wsis
 from cl4wsis.datasets import check_sources
 from cl4wsis.errors import RunError
-from cl4wsis.recipe import OptimizerSettings
+from cl4wsis.recipe import LEARNING_FIELDS, OptimizerSettings, Recipe
 from cl4wsis.steps import (
     WEIGHTS_FILE,
     ClassInfo,
@@ -77,7 +77,7 @@ def train_step(
     Args:
         plan: resolved plan; ``plan.recipe.method`` selects the method or a supervised baseline.
         step: 0 for the base step.
-        run: run folder; the step is written to ``step_folder(run, step, method)``.
+        run: run folder; the step is written to ``step_folder(run, step, plan.recipe.variant)``.
         fabric: launched fabric with devices and precision; one device chosen automatically when not given.
         evaluate: measure the trained network on the plan's evaluation images.
         report: receives lines about what happens.
@@ -88,9 +88,11 @@ def train_step(
     Raises:
         RunError: the step exists already, the previous one is missing, or belongs to another lineage.
         DataError: the data is broken; found before training starts.
+        ValueError: step 0 of a plan with a preset.
     """
-    method = plan.recipe.method
-    folder = step_folder(run, step, method)
+    if step == 0 and plan.recipe.preset:
+        raise ValueError(f"step 0 is the plan's own, whatever the preset; found preset '{plan.recipe.preset}'")
+    folder = step_folder(run, step, plan.recipe.variant)
     if folder.exists():
         raise RunError(f"{folder}: step {step} is trained already; delete the folder to train it again")
     previous = previous_folder(plan, step, run)
@@ -128,7 +130,7 @@ def missing_steps(plan: Plan, step: int, run: Path) -> list[int]:
     """List the steps up to and including this one that are still to be trained for it, in order."""
     first = step if plan.recipe.method == "joint" else 0
     numbers = range(first, step + 1)
-    return [number for number in numbers if not step_folder(run, number, plan.recipe.method).exists()]
+    return [number for number in numbers if not step_folder(run, number, plan.recipe.variant).exists()]
 
 
 def previous_folder(plan: Plan, step: int, run: Path) -> Path | None:
@@ -140,7 +142,7 @@ def previous_folder(plan: Plan, step: int, run: Path) -> Path | None:
     if step == 0 or plan.recipe.method == "joint":
         plan.split(step)
         return None
-    folder = step_folder(run, step - 1, plan.recipe.method)
+    folder = step_folder(run, step - 1, plan.recipe.variant)
     if not folder.exists():
         raise RunError(
             f"step {step} of plan '{plan.name}' starts from step {step - 1}, which is not in {folder}; "
@@ -151,7 +153,7 @@ def previous_folder(plan: Plan, step: int, run: Path) -> Path | None:
     if found != expected:
         raise RunError(f"{folder}: was trained on another plan: it knows {found}, step {step} expects {expected}")
     if info.step > 0 and info.parent_sha256 is not None:
-        _check_lineage(info, step_folder(run, info.step - 1, plan.recipe.method))
+        _check_lineage(info, step_folder(run, info.step - 1, plan.recipe.variant))
     return folder
 
 
@@ -237,7 +239,8 @@ class _StepTraining:
         if self.previous is None:
             return InstanceSegmenter(self.recipe.network, counts), None
         old_network, info = load_step(self.previous)
-        network = InstanceSegmenter(info.network.model_copy(update={"weights": "none"}), counts)
+        settings = info.network.model_copy(update={"weights": "none", **_training_settings(self.recipe)})
+        network = InstanceSegmenter(settings, counts)
         network.load_previous(old_network.state_dict())
         return network, old_network
 
@@ -371,6 +374,11 @@ def _flushed_denormals() -> Iterator[None]:
         yield
     finally:
         torch.set_flush_denormal(False)
+
+
+def _training_settings(recipe: Recipe) -> dict[str, Any]:
+    """Return the fields of the network's settings that say how it learns; the others are those of step 0."""
+    return {name: getattr(recipe.network, name) for name in LEARNING_FIELDS}
 
 
 def _class_counts(plan: Plan, step: int) -> tuple[int, ...]:

@@ -1,5 +1,6 @@
 """Outputs that grow with the classes: each step adds one 1x1 convolution, earlier ones keep their channels."""
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -26,6 +27,30 @@ class StepHeads(nn.ModuleList):
                 nn.init.constant_(parameter, bias)
             elif weight is not None:
                 nn.init.constant_(parameter, weight)
+
+    @torch.no_grad()
+    def init_from_background(self) -> None:
+        """Let the last convolution share with background, channel 0 of the first, what the old network gave to it.
+
+        The n new channels and background get background's weights and its bias less log(n + 1), so that after a softmax
+        their sum is background's old probability, and old classes keep theirs.
+
+        Source: MiB (CVPR 2020), section 3.2, classifier initialisation.
+        """
+        weight, bias = self[0].weight[0].clone(), self[0].bias[0] - math.log(self[-1].out_channels + 1)
+        self[-1].weight[:], self[-1].bias[:] = weight, bias
+        self[0].bias[0] = bias
+
+    @torch.no_grad()
+    def init_from_mean(self, first: int) -> None:
+        """Set every channel of the last convolution to the mean of the earlier ones.
+
+        Args:
+            first: channel from which on earlier channels are classes; 1 leaves out background.
+        """
+        earlier = list(self)[:-1]
+        self[-1].weight[:] = torch.cat([head.weight for head in earlier])[first:].mean(dim=0)
+        self[-1].bias[:] = torch.cat([head.bias for head in earlier])[first:].mean()
 
     def forward(self, features: Tensor) -> Tensor:
         """Return (B, sum of channel_counts, h, w) from (B, in_channels, h, w)."""

@@ -93,40 +93,34 @@ class Localizer(nn.Module):
         return cam_logits
 
 
-class PeakGenerator(nn.Module):
-    """One 1x1 convolution over the strongest activations of the new classes.
+class PeakAttention(nn.Module):
+    """The strongest activations of the new classes and nothing else; it has no weights.
 
-    Values below ``threshold_ratio`` times the maximum of their image and class are set to 0 before the convolution, so
-    that its output stands out at the cores of objects. The input is left as it is.
+    Values below ``threshold_ratio`` times the maximum of their image and class are set to 0. The input is left as it
+    is.
 
     Args:
-        num_new_classes: number n of classes that this step adds.
         threshold_ratio: share of the maximum that an activation must reach (gamma).
 
-    Source: CL4WSIS (ICCV 2023), peak generator.
+    Source: BESTIE (CVPR 2022), peak attention module.
     """
 
-    def __init__(self, num_new_classes: int, threshold_ratio: float = 0.7) -> None:
+    def __init__(self, threshold_ratio: float = 0.7) -> None:
         super().__init__()
         self.threshold_ratio = threshold_ratio
-        self.conv = nn.Conv2d(num_new_classes, num_new_classes, 1)
-        nn.init.normal_(self.conv.weight, std=math.sqrt(2 / num_new_classes))
-        nn.init.zeros_(self.conv.bias)  # type: ignore[arg-type]
 
     def forward(self, new_logits: Tensor) -> Tensor:
-        """Return the raw peak maps Q.
+        """Return peak maps.
 
         Args:
             new_logits: (B, n, h, w), the new-class channels of the localizer's logits.
 
         Returns:
-            (B, n, h, w), before any activation function.
+            (B, n, h, w), at least 0.
         """
         positive = F.relu(new_logits)
         threshold = self.threshold_ratio * positive.amax(dim=(2, 3), keepdim=True)  # (B, n, 1, 1)
-        strong = positive * (positive >= threshold)
-        peak_maps: Tensor = self.conv(strong)
-        return peak_maps
+        return positive * (positive >= threshold)
 
     def pooled_logits(self, peak_maps: Tensor) -> Tensor:
         """Pool peak maps (B, n, h, w) to the (B, n) logits that tags supervise; softmax over new classes alone."""
@@ -144,3 +138,25 @@ class PeakGenerator(nn.Module):
         """
         positive = F.relu(peak_maps) * image_labels[:, :, None, None]
         return positive / (positive.amax(dim=(2, 3), keepdim=True) + 1e-5)
+
+
+class PeakGenerator(PeakAttention):
+    """One 1x1 convolution over the strongest activations, so that its output stands out at the cores of objects.
+
+    Args:
+        num_new_classes: number n of classes that this step adds.
+        threshold_ratio: share of the maximum that an activation must reach (gamma).
+
+    Source: CL4WSIS (ICCV 2023), peak generator.
+    """
+
+    def __init__(self, num_new_classes: int, threshold_ratio: float = 0.7) -> None:
+        super().__init__(threshold_ratio)
+        self.conv = nn.Conv2d(num_new_classes, num_new_classes, 1)
+        nn.init.normal_(self.conv.weight, std=math.sqrt(2 / num_new_classes))
+        nn.init.zeros_(self.conv.bias)  # type: ignore[arg-type]
+
+    def forward(self, new_logits: Tensor) -> Tensor:
+        """Return the raw peak maps Q (B, n, h, w), before any activation function, of new-class logits."""
+        peak_maps: Tensor = self.conv(super().forward(new_logits))
+        return peak_maps

@@ -197,6 +197,8 @@ class InstanceSegmenter(nn.Module):
     def load_previous(self, state: Mapping[str, Tensor]) -> None:
         """Copy the weights of the previous step's network; the convolutions this step adds keep their initial values.
 
+        Where ``settings.new_class_init`` asks for it, these follow from the copied weights instead.
+
         Args:
             state: ``state_dict`` of a network with the same settings and one step less.
 
@@ -225,3 +227,15 @@ class InstanceSegmenter(nn.Module):
                 "same recipe.network"
             )
         self.load_state_dict({**own, **state})
+        self._init_new_classes()
+
+    def _init_new_classes(self) -> None:
+        """Give the channels of the last step the first values that the settings ask for."""
+        classifier, center_head = self.semantic_branch.classifier, self.instance_branch.center_head
+        if self.settings.new_class_init == "background":
+            classifier.init_from_background()
+            nn.init.zeros_(center_head[-1].weight)
+            nn.init.zeros_(center_head[-1].bias)
+        elif self.settings.new_class_init == "old_mean":
+            classifier.init_from_mean(first=1)
+            center_head.init_from_mean(first=0)

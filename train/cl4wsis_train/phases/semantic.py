@@ -18,7 +18,12 @@ from cl4wsis_train.losses.cam import flac_loss, random_dropout_loss
 from cl4wsis_train.losses.distill import encoder_distillation_loss, localizer_distillation_loss
 from cl4wsis_train.losses.semantic import classification_loss, self_training_loss, semantic_bce_loss
 from cl4wsis_train.models.affinity import PixelAdaptiveRefinement
-from cl4wsis_train.models.localizer import Localizer, PeakGenerator, normalized_global_weighted_pooling
+from cl4wsis_train.models.localizer import (
+    Localizer,
+    PeakAttention,
+    PeakGenerator,
+    normalized_global_weighted_pooling,
+)
 from cl4wsis_train.models.network import InstanceSegmenter
 from cl4wsis_train.phases.common import Losses, Phase, freeze, global_count, upsample
 from cl4wsis_train.processes import draw_for_images
@@ -49,7 +54,7 @@ class SemanticPhase(Phase):
         super().__init__(network)
         self.all_seen_labels = all_seen_labels
         self.localizer = Localizer(network.encoder.channels[-1], recipe.network.localizer_channels, split.num_classes)
-        self.peak_generator = PeakGenerator(split.num_new_classes) if recipe.semantic.peak_generator else None
+        self.peak_generator = _build_peak_module(recipe, split)
         self.old_network = freeze(old_network)
         self.refinement = PixelAdaptiveRefinement()
         self.settings = recipe.semantic
@@ -161,9 +166,12 @@ class SemanticPhase(Phase):
             size = [side // _FINE_STRIDE for side in batch.images.shape[2:]]
             cam_probs = self.refinement(batch.images.float() / 255, upsample(cam_probs, size))
             semantic_logits, old_logits = upsample(semantic_logits, size), upsample(old_logits, size)
+        old_probs = old_logits.sigmoid()
+        if settings.clean_old_targets:
+            old_probs = self._without_absent_classes(old_probs, batch.image_labels)
         target = semantic_target(
             cam_probs,
-            old_logits.sigmoid(),
+            old_probs,
             batch.image_labels,
             settings.label_smoothing,
             settings.old_classes_compete,
@@ -186,6 +194,13 @@ class SemanticPhase(Phase):
                 mask = mask & _is_present(classes, labels)
             losses["random_dropout"] = random_dropout_loss(cam_logits, mask, classes, global_count(mask))
         return losses
+
+
+def _build_peak_module(recipe: Recipe, split: ClassSplit) -> PeakAttention | None:
+    """Build what turns activations into peaks, if anything does."""
+    if not recipe.semantic.peak_generator:
+        return None
+    return PeakAttention() if recipe.semantic.peak_module == "attention" else PeakGenerator(split.num_new_classes)
 
 
 def _with_background(image_labels: Tensor) -> Tensor:
