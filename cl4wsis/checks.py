@@ -87,6 +87,6 @@ DEFAULT_LIMITS: Mapping[str, Limits] = {
         golden_pixels=0.005, differing_pixels=0.005, matched=0.995, mask_iou=0.99, score_error=0.001, ap50_drop=0.002
     ),
     "float16": Limits(golden_pixels=0.05, differing_pixels=0.05, matched=0.97, mask_iou=0.97, ap50_drop=0.002),
-    "int8": Limits(golden_pixels=0.25, differing_pixels=0.25, matched=0.8, mask_iou=0.85, ap50_drop=0.015),
+    "int8": Limits(golden_pixels=0.25, differing_pixels=0.25, matched=0.8, mask_iou=0.8, ap50_drop=0.015),
 }
 """By precision; used where the manifest of a bundle has no others."""

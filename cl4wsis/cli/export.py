@@ -8,13 +8,21 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from cl4wsis.cli.options import ConfigOption, JsonOption, MethodOption, RunOption
+from cl4wsis.cli.options import ConfigOption, JsonOption, MethodOption, PresetOption, RunOption
 
 if TYPE_CHECKING:
     from cl4wsis.bundle import Manifest
     from cl4wsis.steps import StepInfo
 
 _RTX_COMPUTE_CAPABILITIES = ["8.0", "8.6", "8.9", "12.0"]
+
+
+class PrecisionOption(StrEnum):
+    """Arithmetic of the network."""
+
+    FP32 = "fp32"
+    FP16 = "fp16"
+    INT8 = "int8"
 
 
 class ExportFormat(StrEnum):
@@ -29,6 +37,7 @@ def export(
     config: ConfigOption = "shapes",
     step: Annotated[int | None, typer.Option(help="Step to export; the newest trained one when not given.")] = None,
     run: RunOption = None,
+    preset: PresetOption = None,
     method: MethodOption = None,
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="Bundle folder; <run>/<plan>-step<t>.cl4wsis when not given.")
@@ -40,6 +49,10 @@ def export(
     compute_capability: Annotated[
         list[str] | None,
         typer.Option("--compute-capability", help="With trt-rtx: a GPU to build for, e.g. 8.6. Repeatable."),
+    ] = None,
+    precision: Annotated[
+        list[PrecisionOption] | None,
+        typer.Option("--precision", help="Arithmetic of a graph to write: fp32 is always there. Repeatable."),
     ] = None,
     settings: Annotated[
         list[str] | None,
@@ -56,9 +69,9 @@ def export(
 
     if compute_capability and format is not ExportFormat.TENSORRT_RTX:
         raise typer.BadParameter("--compute-capability belongs to --format trt-rtx")
-    plan = load_plan(config, [f"recipe.method={method}"] if method else [])
+    plan = load_plan(config, [f"recipe.method={method}"] if method else [], preset)
     run = run or Path("runs") / plan.name
-    folder = _find_step(run, step, plan.recipe.method)
+    folder = _find_step(run, step, plan.recipe.variant)
     info = read_step(folder)
     require("export")
     require("cpu")
@@ -72,11 +85,16 @@ def export(
     if format is ExportFormat.TENSORRT_RTX:
         chosen = compute_capability or _RTX_COMPUTE_CAPABILITIES
         overrides.append(f"compute_capabilities={chosen!r}")
+    if precision:
+        overrides.append(f"precisions={_precisions(precision)!r}")
     spec = spec_for_step(info, overrides)
     destination = out or folder.parent / f"{info.plan.name}-step{info.step}.cl4wsis"
     note(f"exporting {folder} to {destination}")
     _show_progress()
-    path = export_step(folder, destination, spec, _evaluation_images(info, spec.verification_images))
+    lower = set(spec.precisions) - {"float32"}
+    images = _evaluation_images(info, max(spec.verification_images, spec.precision_images if lower else 0))
+    calibration = _calibration_images(info, spec.calibration_images, spec.seed) if "int8" in lower else None
+    path = export_step(folder, destination, spec, images, calibration)
     manifest = open_bundle(path).manifest
     if as_json:
         print_json({"bundle": str(path), **manifest.model_dump(mode="json", exclude={"training", "accuracy"})})
@@ -84,16 +102,16 @@ def export(
         _print_result(path, manifest)
 
 
-def _find_step(run: Path, step: int | None, method: str) -> Path:
+def _find_step(run: Path, step: int | None, variant: str) -> Path:
     from cl4wsis.errors import RunError
     from cl4wsis.steps import step_folder, trained_steps
 
-    steps = trained_steps(run, method)
+    steps = trained_steps(run, variant)
     if not steps:
         raise RunError(f"{run}: holds no trained step; run 'cl4wsis train-step' first, or name the folder with --run")
     if step is not None and step not in steps:
         raise RunError(f"{run}: step {step} is not trained; trained are {', '.join(map(str, steps))}")
-    return step_folder(run, steps[-1] if step is None else step, method)
+    return step_folder(run, steps[-1] if step is None else step, variant)
 
 
 def _evaluation_images(info: "StepInfo", count: int) -> Sequence[Any] | None:
@@ -107,6 +125,25 @@ def _evaluation_images(info: "StepInfo", count: int) -> Sequence[Any] | None:
         return [samples[index].image for index in range(min(count, len(samples)))]
     except DataError as error:
         note(f"verifying on drawn shapes, since the plan's images are not at hand: {error}")
+        return None
+
+
+def _precisions(options: Sequence[PrecisionOption]) -> list[str]:
+    from cl4wsis.bundle import PRECISION_OPTIONS
+
+    return [precision for precision, spelling in PRECISION_OPTIONS.items() if spelling in options]
+
+
+def _calibration_images(info: "StepInfo", count: int, seed: int) -> Sequence[Any] | None:
+    """Return training images of the plan, balanced over its classes, or none where they are not at hand."""
+    from cl4wsis.cli.console import note
+    from cl4wsis.errors import DataError
+    from cl4wsis_export.calibration import calibration_images
+
+    try:
+        return calibration_images(info.plan, info.step, count, seed)
+    except DataError as error:
+        note(f"calibrating on drawn shapes, since the plan's images are not at hand: {error}")
         return None
 
 
@@ -135,6 +172,7 @@ def _print_result(path: Path, manifest: "Manifest") -> None:
         ("grouping", f"{manifest.grouping.profile}, at most {manifest.grouping.max_instances} instances"),
         ("graph", f"opset {manifest.graph.opset}, {sum(manifest.graph.operators.values())} nodes"),
         ("size", f"{size / 1e6:.1f} MB"),
+        ("graphs", _describe_variants(path, manifest)),
         ("engines", ", ".join(engine.file for engine in manifest.engines) or None),
     ]
     if check is not None:
@@ -143,3 +181,14 @@ def _print_result(path: Path, manifest: "Manifest") -> None:
             ("pixels that differ from torch", f"{check.differing_pixels:.3%} at most"),
         ]
     print_fields(str(path), fields)
+
+
+def _describe_variants(path: Path, manifest: "Manifest") -> str:
+    """Name every graph with its size, and how well a lower precision agrees with float32."""
+    texts = []
+    for variant in manifest.variants:
+        size = (path / variant.file).stat().st_size / 1e6
+        agreement = variant.agreement if variant.post == "graph" else None
+        agrees = f", {agreement.matched:.1%} of instances as in float32" if agreement is not None else ""
+        texts.append(f"{variant.file} ({variant.precision}, post={variant.post}, {size:.1f} MB{agrees})")
+    return "; ".join(texts)

@@ -28,7 +28,7 @@ def build_graph(segmenter: FusedSegmenter, opset: int) -> ir.Model:
     Returns:
         The checked and tidied graph, still without metadata: ``images`` (batch, H, W, 3) uint8 in, the fields of
         :class:`FusedOutput` out. The borders of the network have names within it, at which it can be cut
-        (:mod:`cl4wsis_export.variants`).
+        (:mod:`cl4wsis_export.borders`).
 
     Raises:
         BundleError: the network cannot be exported, or needs an operator that not every runtime has.
@@ -36,9 +36,10 @@ def build_graph(segmenter: FusedSegmenter, opset: int) -> ir.Model:
     height, width = segmenter.input_size
     example = torch.zeros(_EXAMPLE_BATCH, height, width, 3, dtype=torch.uint8)
     model = export_module(TracedSegmenter(segmenter).eval(), {INPUT_NAME: example}, TracedSegmenter.OUTPUT_NAMES, opset)
-    for border in model.graph.outputs[len(FusedOutput._fields) :]:
+    outputs, borders = model.graph.outputs[: len(FusedOutput._fields)], model.graph.outputs[len(FusedOutput._fields) :]
+    for border in borders:
         border.shape = ir.Shape([BATCH, *(border.shape or ())[1:]])
-    del model.graph.outputs[len(FusedOutput._fields) :]
+    model.graph.outputs[:] = outputs
     _pin_output_shapes(model, (height, width), segmenter.spec.max_instances)
     return model
 

@@ -18,35 +18,48 @@ from cl4wsis import __version__
 from cl4wsis.bundle import (
     CARD_FILE,
     LABELS_FILE,
-    MODEL_FILE,
-    NETWORK_FILE,
+    PRECISION_OPTIONS,
     EngineInfo,
     GoldenCase,
     GraphInfo,
     Manifest,
     TensorInfo,
-    VariantInfo,
     Verification,
-    metadata_from_manifest,
     write_bundle,
 )
+from cl4wsis.checks import DEFAULT_LIMITS
 from cl4wsis.steps import StepInfo
+from cl4wsis_export.borders import grouping_tail, network_graph
 from cl4wsis_export.fused import INPUT_NAME, MAP_NAMES, FusedSegmenter
 from cl4wsis_export.graph import BATCH, build_graph, serialize
-from cl4wsis_export.passes import MetadataPass, count_operators
-from cl4wsis_export.precision import count_types
+from cl4wsis_export.passes import count_operators
 from cl4wsis_export.rtx import build_rtx_engine, rtx_version
 from cl4wsis_export.spec import ExportSpec
-from cl4wsis_export.variants import network_graph, share_weights
-from cl4wsis_export.verify import Outputs, verification_frames, verify_graph
+from cl4wsis_export.variants import GraphPair, float_pair, lower_pair
+from cl4wsis_export.verify import (
+    Outputs,
+    open_session,
+    run_frames,
+    verification_frames,
+    verify_graph,
+    verify_host,
+    verify_precision,
+)
 from cl4wsis_train.checkpoint import load_step
 from cl4wsis_train.models.network import InstanceSegmenter
 
 logger = logging.getLogger(__name__)
 
+_HOST_IMAGES = 2
+"""Images on which a graph without grouping is tried: it holds the same network, so its wiring is what can be wrong."""
+
 
 def export_step(
-    step_folder: Path, destination: Path, spec: ExportSpec, images: Sequence[NDArray[np.uint8]] | None = None
+    step_folder: Path,
+    destination: Path,
+    spec: ExportSpec,
+    images: Sequence[NDArray[np.uint8]] | None = None,
+    calibration: Sequence[NDArray[np.uint8]] | None = None,
 ) -> Path:
     """Export a trained step as a bundle.
 
@@ -55,6 +68,9 @@ def export_step(
         destination: folder to write; a bundle there is replaced once the new one is complete and verified.
         spec: settings of the export.
         images: (h, w, 3) uint8 RGB for the verification; drawn shapes when not given.
+        calibration: (h, w, 3) uint8 RGB on which the ranges of an int8 network are measured
+            (:func:`cl4wsis_export.calibration.calibration_images`); drawn shapes when not given, which only suits a
+            network that was trained on them.
 
     Returns:
         The destination.
@@ -62,11 +78,12 @@ def export_step(
     Raises:
         RunError: the folder is no complete step.
         ConfigError: the grouping profile cannot be a graph.
-        BundleError: the graph cannot be exported or disagrees with the network; nothing is written then.
+        BundleError: the graph cannot be exported or disagrees with the network, or a lower precision is too far from
+            it; nothing is written then.
         MissingExtraError: ONNX Runtime, or TensorRT-RTX when engines are wanted, is not installed.
     """
     network, info = load_step(step_folder)
-    return export_network(network, info, destination, spec, images)
+    return export_network(network, info, destination, spec, images, calibration)
 
 
 def export_network(
@@ -75,6 +92,7 @@ def export_network(
     destination: Path,
     spec: ExportSpec,
     images: Sequence[NDArray[np.uint8]] | None = None,
+    calibration: Sequence[NDArray[np.uint8]] | None = None,
 ) -> Path:
     """Export a network that is loaded already; see :func:`export_step`."""
     grouping = spec.grouping or info.plan.recipe.grouping
@@ -83,43 +101,70 @@ def export_network(
     logger.info("exporting step %d of plan %s at %dx%d px", info.step, info.plan.name, *info.input.size)
     model = build_graph(segmenter, spec.opset)
     manifest = _describe(info, spec, segmenter, model)
-    graph = serialize(MetadataPass(metadata_from_manifest(manifest))(model).model)
+    pair = float_pair(model, manifest)
     logger.info("verifying the graph on %d images", spec.verification_images)
     frames = verification_frames(info.input, spec.verification_images, spec.seed, images)
-    verification, outputs = verify_graph(segmenter, graph, frames)
+    verification, outputs = verify_graph(segmenter, pair.graph_content, frames)
+    tail = serialize(grouping_tail(model))
+    verify_host(pair.files(), pair.host.file, tail, frames[:_HOST_IMAGES], outputs[:_HOST_IMAGES])
     count = min(spec.golden_images, len(frames))
     cases, files = _golden_files(frames[:count], outputs[:count])
-    engines = _engines(graph, info, spec, runtime, files)
-    variants = _float_variants(model, graph, manifest, files)
-    known = {"verification": verification, "golden": cases, "engines": engines, "variants": variants}
+    pairs = [pair, *_lower_pairs(model, manifest, pair, info, spec, images, calibration)]
+    for written in pairs:
+        files.update(written.files())
+    engines = _engines(pair.graph_content, info, spec, runtime, files)
+    known = {
+        "verification": verification,
+        "golden": cases,
+        "engines": engines,
+        "limits": spec.limits,
+        "variants": tuple(variant for written in pairs for variant in (written.graph, written.host)),
+    }
     complete = manifest.model_copy(update=known)
-    files[MODEL_FILE] = graph
     files[LABELS_FILE] = "".join(f"{info.name}\n" for info in manifest.classes).encode()
     files[CARD_FILE] = _card(complete, verification).encode()
     return write_bundle(destination, complete, files)
 
 
-def _float_variants(
-    model: ir.Model, graph: bytes, manifest: Manifest, files: dict[str, bytes]
-) -> tuple[VariantInfo, ...]:
-    """Describe the truth and its host variant, and add the latter to the files."""
-    digest = sha256(graph).hexdigest()
-    truth = VariantInfo(
-        file=MODEL_FILE, precision="float32", post="graph", source_sha256=digest, types=count_types(model)
-    )
-    network = network_graph(model)
-    host = VariantInfo(
-        file=NETWORK_FILE,
-        precision="float32",
-        post="host",
-        source_sha256=digest,
-        weights_file=MODEL_FILE,
-        weights_sha256=digest,
-        types=count_types(network),
-    )
-    MetadataPass(metadata_from_manifest(manifest, host))(network)
-    files[host.file] = share_weights(network, graph, MODEL_FILE)
-    return truth, host
+def _lower_pairs(
+    model: ir.Model,
+    manifest: Manifest,
+    truth: GraphPair,
+    info: StepInfo,
+    spec: ExportSpec,
+    images: Sequence[NDArray[np.uint8]] | None,
+    calibration: Sequence[NDArray[np.uint8]] | None,
+) -> list[GraphPair]:
+    """Make and verify the graphs of lower precision that were asked for."""
+    precisions = [
+        precision for precision in PRECISION_OPTIONS if precision in spec.precisions and precision != "float32"
+    ]
+    if not precisions:
+        return []
+    frames = verification_frames(info.input, spec.precision_images, spec.seed, images)
+    expected = run_frames(open_session(truth.graph_content), frames)
+    tail = serialize(grouping_tail(model))
+    pairs = []
+    for precision in precisions:
+        ranges = _calibration_frames(info, spec, calibration) if precision == "int8" else frames
+        logger.info("making the %s graph, verifying it on %d images", precision, len(frames))
+        pair = lower_pair(model, manifest, precision, truth.graph, ranges)
+        limits = spec.limits.get(precision, DEFAULT_LIMITS[precision])
+        agreement, outputs = verify_precision(pair.graph_content, frames, expected, precision, limits)
+        verify_host(pair.files(), pair.host.file, tail, frames[:_HOST_IMAGES], outputs[:_HOST_IMAGES])
+        pairs.append(pair.with_agreement(agreement))
+    return pairs
+
+
+def _calibration_frames(
+    info: StepInfo, spec: ExportSpec, images: Sequence[NDArray[np.uint8]] | None
+) -> NDArray[np.uint8]:
+    if images:
+        count = min(spec.calibration_images, len(images))
+    else:
+        count = spec.calibration_images
+        logger.warning("calibrating on drawn shapes, since no training images were given")
+    return verification_frames(info.input, count, spec.seed + 1, images)
 
 
 def _describe(info: StepInfo, spec: ExportSpec, segmenter: FusedSegmenter, model: ir.Model) -> Manifest:

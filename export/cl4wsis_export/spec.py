@@ -4,6 +4,8 @@ from collections.abc import Iterable
 
 from pydantic import Field
 
+from cl4wsis.bundle import Precision
+from cl4wsis.checks import Limits
 from cl4wsis.config import Settings, build_settings, merge, parse_overrides
 from cl4wsis.grouping import GroupingSpec
 from cl4wsis.steps import StepInfo
@@ -22,8 +24,16 @@ class ExportSpec(Settings):
     """ONNX operator set. 18 is what torch writes without conversion, and old enough for every runtime."""
     verification_images: int = Field(5, ge=1)
     """Images on which the graph is compared with torch and with the reference."""
+    precision_images: int = Field(24, ge=1)
+    """Images on which graphs of lower precision are compared with the float32 graph."""
     golden_images: int = Field(2, ge=0)
     """How many of them are stored in the bundle with the outputs expected for them."""
+    precisions: tuple[Precision, ...] = ("float32",)
+    """Arithmetic of the network in the graphs to write; float32 is always among them."""
+    calibration_images: int = Field(64, ge=1)
+    """Images on which the ranges of an int8 network are measured."""
+    limits: dict[Precision, Limits] = Field(default_factory=dict)
+    """How far a precision may be from float32; the defaults of ``cl4wsis.checks`` where nothing is said."""
     compute_capabilities: tuple[str, ...] = ()
     """GPUs for which a TensorRT-RTX engine is put into the bundle, such as ``8.6``; none by default."""
     engine_max_batch: int = Field(8, ge=1)

@@ -3,25 +3,32 @@
 Two comparisons, because two things can go wrong. A graph that says something else than the network shows in the ids of
 the first one: rounding may move single pixels at the border of two classes, nothing more. A grouping that differs from
 ``cl4wsis.grouping`` shows in the second one, in which both sides read the same maps.
+
+A graph of lower precision is compared with the float32 graph by its instances, and must keep to the limits of its
+precision (``cl4wsis.checks``). Any graph without grouping must, followed by the grouping, answer as the one with it.
 """
 
 import logging
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from cl4wsis.bundle import Verification
+from cl4wsis.agreement import AgreementCounter
+from cl4wsis.bundle import Precision, Verification
+from cl4wsis.checks import Agreement, Limits
 from cl4wsis.errors import BundleError, require
 from cl4wsis.grouping import group_instances
 from cl4wsis.instances import Instances
-from cl4wsis.masks import mask_iou, rle_from_ids
+from cl4wsis.metrics import overlap_matrix
 from cl4wsis.preprocess import prepare_image
 from cl4wsis.shapes import SHAPE_NAMES, draw_picture
 from cl4wsis.steps import InputRule
-from cl4wsis_export.fused import INPUT_NAME, FusedOutput, FusedSegmenter
+from cl4wsis_export.fused import INPUT_NAME, MAP_NAMES, FusedOutput, FusedSegmenter
 
 logger = logging.getLogger(__name__)
 
@@ -74,7 +81,7 @@ def verify_graph(
         MissingExtraError: ONNX Runtime is not installed.
     """
     session = open_session(graph)
-    outputs = [row for frame in frames for row in _run(session, frame[None])]
+    outputs = run_frames(session, frames)
     torch_outputs, found, matched, unconverged = [], 0, 0, 0
     for frame in frames:
         of_torch, maps = _run_torch(segmenter, frame)
@@ -104,7 +111,79 @@ def verify_graph(
     return result, outputs
 
 
-def open_session(graph: bytes) -> Any:
+def verify_precision(
+    graph: bytes, frames: NDArray[np.uint8], truth: Sequence[Outputs], precision: Precision, limits: Limits
+) -> tuple[Agreement, list[Outputs]]:
+    """Compare a graph of lower precision with the float32 graph.
+
+    Args:
+        graph: contents of the ``.onnx`` file.
+        frames: (N, H, W, 3) uint8 RGB.
+        truth: what the float32 graph answered to them.
+        precision: of the graph, for messages.
+        limits: that it must keep to; those of golden images and of AP are not looked at here.
+
+    Returns:
+        The figures, and the graph's outputs for every frame, without the batch axis.
+
+    Raises:
+        BundleError: the graph cannot be run, answers differently in a batch, or is beyond the limits.
+    """
+    session = open_session(graph)
+    outputs = run_frames(session, frames)
+    together = _run(session, frames[: max(BATCH_SIZES)])
+    _compare_ids(together, outputs, f"the {precision} graph answers differently in a batch")
+    counter = AgreementCounter()
+    for answer, expected in zip(outputs, truth, strict=True):
+        counter.add(_instances(answer), _instances(expected))
+    agreement = counter.result()
+    problems = _beyond(agreement, limits)
+    if problems:
+        raise BundleError(
+            f"the {precision} graph is too far from the float32 graph: on {agreement.images} images with "
+            f"{agreement.instances} instances, {'; '.join(problems)}. Leave out this --precision"
+            + (", calibrate with more images (--set calibration_images=256)" if precision == "int8" else "")
+            + f", or accept it with --set limits.{precision}.matched=... and the like"
+        )
+    return agreement, outputs
+
+
+def verify_host(
+    files: Iterable[tuple[str, bytes]],
+    host_file: str,
+    tail: bytes,
+    frames: NDArray[np.uint8],
+    outputs: Sequence[Outputs],
+) -> None:
+    """Check that a graph without grouping, followed by the grouping, answers as the graph with it.
+
+    Args:
+        files: names and contents of that graph and of the file that holds its weights.
+        host_file: name of the graph.
+        tail: the grouping as a graph, from the maps to the outputs.
+        frames: (N, H, W, 3) uint8 RGB.
+        outputs: what the graph with grouping answered to them.
+
+    Raises:
+        BundleError: it cannot be run, or answers differently.
+    """
+    with tempfile.TemporaryDirectory(prefix="cl4wsis-") as folder:
+        for name, content in files:
+            (Path(folder) / name).write_bytes(content)
+        network, grouping = open_session(Path(folder) / host_file), open_session(tail)
+        for frame, expected in zip(frames, outputs, strict=True):
+            maps = network.run(list(MAP_NAMES), {INPUT_NAME: frame[None]})
+            arrays = grouping.run(list(FusedOutput._fields), dict(zip(MAP_NAMES, maps, strict=True)))
+            answer = {name: array[0] for name, array in zip(FusedOutput._fields, arrays, strict=True)}
+            _compare_ids([answer], [expected], f"{host_file} answers differently than the graph with grouping")
+
+
+def run_frames(session: Any, frames: NDArray[np.uint8]) -> list[Outputs]:
+    """Return a graph's outputs for every frame by itself, without the batch axis."""
+    return [row for frame in frames for row in _run(session, frame[None])]
+
+
+def open_session(graph: bytes | Path) -> Any:
     """Load a graph into ONNX Runtime on the CPU.
 
     Raises:
@@ -114,8 +193,9 @@ def open_session(graph: bytes) -> Any:
     runtime = _import_onnxruntime()
     options = runtime.SessionOptions()
     options.log_severity_level = 4
+    source = graph if isinstance(graph, bytes) else str(graph)
     try:
-        return runtime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
+        return runtime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime has no public base class for its errors
         raise BundleError(f"ONNX Runtime {runtime.__version__} cannot load the exported graph: {error}") from error
 
@@ -153,13 +233,44 @@ def _is_unconverged(segmenter: FusedSegmenter, semantic_probs: NDArray[np.float3
 
 def _count_matches(reference: Instances, outputs: Outputs) -> int:
     """Count the instances of the reference that were found with the same class and a mask IoU above 0.99."""
-    used = np.flatnonzero(outputs["areas"])
-    new_ids = np.zeros(len(outputs["areas"]) + 1, np.int32)
-    new_ids[used + 1] = np.arange(1, len(used) + 1)
-    rles = rle_from_ids(new_ids[outputs["instance_ids"]], len(used))
-    overlaps = mask_iou(rles, rle_from_ids(reference.instance_ids, len(reference)))
-    same_class = outputs["labels"][used][:, None] == reference.labels[None]
+    answer = _instances(outputs)
+    overlaps = overlap_matrix(answer, reference)
+    same_class = answer.labels[:, None] == reference.labels[None]
     return int(((overlaps > _MATCH_IOU) & same_class).any(axis=0).sum())
+
+
+def _instances(outputs: Outputs) -> Instances:
+    """Return the used slots."""
+    slots = Instances(
+        instance_ids=outputs["instance_ids"].astype(np.int32),
+        labels=outputs["labels"],
+        scores=outputs["scores"],
+        boxes=outputs["boxes"],
+    )
+    return slots.select(outputs["areas"] > 0)
+
+
+def _compare_ids(answers: Sequence[Outputs], expected: Sequence[Outputs], what: str) -> None:
+    shares = [float((a["instance_ids"] != b["instance_ids"]).mean()) for a, b in zip(answers, expected, strict=False)]
+    if max(shares) > MAX_DIFFERING_PIXELS:
+        raise BundleError(f"{what}: on up to {max(shares):.3%} of an image's pixels (limit {MAX_DIFFERING_PIXELS:.1%})")
+
+
+def _beyond(agreement: Agreement, limits: Limits) -> list[str]:
+    """Say what is beyond the limits."""
+    problems = []
+    if limits.differing_pixels is not None and agreement.differing_pixels > limits.differing_pixels:
+        problems.append(
+            f"{agreement.differing_pixels:.1%} of the foreground belongs to another instance "
+            f"(limit {limits.differing_pixels:.1%})"
+        )
+    if limits.matched is not None and agreement.matched < limits.matched:
+        problems.append(f"{agreement.matched:.1%} of the instances are found by both (limit {limits.matched:.1%})")
+    if limits.mask_iou is not None and agreement.mask_iou < limits.mask_iou:
+        problems.append(f"their masks have a mean IoU of {agreement.mask_iou:.3f} (limit {limits.mask_iou:g})")
+    if limits.score_error is not None and agreement.score_error > limits.score_error:
+        problems.append(f"scores differ by up to {agreement.score_error:.2g} (limit {limits.score_error:g})")
+    return problems
 
 
 def _judge(result: Verification) -> None:

@@ -1,0 +1,150 @@
+"""Cut the exported graph at the borders of its network, and join networks of other arithmetic to the same grouping.
+
+The whole graph (images to instances) is the *network graph* (images to the three raw maps) followed by the *tail*
+(maps to instances). A variant changes the network graph alone, so the grouping of every variant is the same.
+
+A network graph keeps its weights in the file of the whole graph, to which its initializers point by offset and length:
+ONNX calls that external data, and ONNX Runtime, OpenVINO and TensorRT read it in place.
+"""
+
+from collections.abc import Iterator
+from hashlib import sha256
+
+import onnx_ir as ir
+from onnx_ir.passes import common
+
+from cl4wsis.errors import BundleError
+from cl4wsis_export.fused import MAP_NAMES
+from cl4wsis_export.graph import serialize
+
+_MIN_SHARED_BYTES = 1024
+"""Smaller initializers, such as shapes and bounds, are stored twice: runtimes look into them while they load."""
+_GRAPH, _INITIALIZER, _NAME, _RAW_DATA = 7, 5, 8, 9  # fields of ModelProto, GraphProto and TensorProto in onnx.proto
+_VARINT, _FIXED64, _LENGTH_DELIMITED, _FIXED32 = 0, 1, 2, 5  # wire types of protobuf
+
+
+def network_graph(model: ir.Model) -> ir.Model:
+    """Return the part of an exported graph that ends with the network's raw maps.
+
+    Args:
+        model: as built by :func:`cl4wsis_export.graph.build_graph`; it stays as it is.
+
+    Raises:
+        BundleError: the graph has no values of the maps' names.
+    """
+    network = model.clone()
+    network.graph.outputs[:] = _maps(network)
+    common.RemoveUnusedNodesPass()(network)
+    return network
+
+
+def grouping_tail(model: ir.Model) -> ir.Model:
+    """Return the part of an exported graph that begins with the network's raw maps; see :func:`network_graph`."""
+    tail = model.clone()
+    maps = _maps(tail)
+    inputs = [ir.Value(name=value.name, shape=value.shape, type=value.type) for value in maps]
+    for value, taken in zip(maps, inputs, strict=True):
+        value.name = f"{value.name}_of_network"
+        ir.convenience.replace_all_uses_with(value, taken)
+    tail.graph.inputs[:] = inputs
+    common.RemoveUnusedNodesPass()(tail)
+    return tail
+
+
+def join(network: ir.Model, tail: ir.Model) -> ir.Model:
+    """Put a network graph before a tail; both stay as they are."""
+    whole, rest = network.clone(), tail.clone()
+    for value, taken in zip(whole.graph.outputs, rest.graph.inputs, strict=True):
+        assert value.name == taken.name
+        ir.convenience.replace_all_uses_with(taken, value)
+    outputs, initializers = list(rest.graph.outputs), list(rest.graph.initializers.values())
+    rest.graph.outputs.clear()
+    rest.graph.initializers.clear()
+    nodes = list(rest.graph)
+    rest.graph.remove(nodes)
+    whole.graph.outputs[:] = outputs
+    for value in initializers:
+        if value.name in whole.graph.initializers:
+            value.name = f"{value.name}_of_grouping"
+        whole.graph.register_initializer(value)
+    whole.graph.extend(nodes)
+    passes = ir.passes.Sequential(common.DeduplicateInitializersPass(), common.NameFixPass())
+    joined: ir.Model = passes(whole).model
+    return joined
+
+
+def share_weights(network: ir.Model, whole: bytes, location: str) -> bytes:
+    """Serialize a network graph whose weights lie in the file of the whole graph.
+
+    Args:
+        network: its initializers have the names, types and values they have in the whole graph.
+        whole: contents of that file.
+        location: its name; both files lie in one folder.
+
+    Returns:
+        The bytes of an ``.onnx`` file.
+    """
+    places = dict(_raw_data(whole))
+    sparse = network.clone()
+    for name, value in sparse.graph.initializers.items():
+        tensor = value.const_value
+        if tensor is None or tensor.nbytes < _MIN_SHARED_BYTES or name not in places:
+            continue
+        offset, length = places[name]
+        content = tensor.tobytes()
+        if length != len(content) or sha256(whole[offset : offset + length]).digest() != sha256(content).digest():
+            continue  # a value of that name was changed on one of the two sides
+        value.const_value = ir.ExternalTensor(
+            location, offset, length, tensor.dtype, shape=ir.Shape(tensor.shape), name=name, base_dir=""
+        )
+    return serialize(sparse)
+
+
+def _maps(model: ir.Model) -> list[ir.Value]:
+    values = {value.name: value for node in model.graph for value in node.outputs}
+    missing = [name for name in MAP_NAMES if name not in values]
+    if missing:
+        raise BundleError(
+            f"the graph has no value {', '.join(missing)}, so its network cannot be told from its grouping"
+        )
+    return [values[name] for name in MAP_NAMES]
+
+
+def _raw_data(content: bytes) -> Iterator[tuple[str, tuple[int, int]]]:
+    """Yield name, and (offset, length) of the raw data, of every initializer of a serialized graph."""
+    for field, start, end in _fields(content, 0, len(content)):
+        if field != _GRAPH:
+            continue
+        for part, first, last in _fields(content, start, end):
+            if part == _INITIALIZER:
+                places = {number: (a, b) for number, a, b in _fields(content, first, last)}
+                if _NAME in places and _RAW_DATA in places:
+                    (a, b), (offset, after) = places[_NAME], places[_RAW_DATA]
+                    yield content[a:b].decode("utf-8"), (offset, after - offset)
+
+
+def _fields(content: bytes, start: int, end: int) -> Iterator[tuple[int, int, int]]:
+    """Yield number, start and end of each length-delimited field of a protobuf message."""
+    position = start
+    while position < end:
+        tag, position = _varint(content, position)
+        wire_type = tag & 7
+        if wire_type == _LENGTH_DELIMITED:
+            length, position = _varint(content, position)
+            yield tag >> 3, position, position + length
+            position += length
+        elif wire_type == _VARINT:
+            _, position = _varint(content, position)
+        else:
+            assert wire_type in (_FIXED32, _FIXED64), f"wire type {wire_type} in a graph just serialized"
+            position += 4 if wire_type == _FIXED32 else 8
+
+
+def _varint(content: bytes, position: int) -> tuple[int, int]:
+    value = shift = 0
+    while True:
+        byte = content[position]
+        value |= (byte & 0x7F) << shift
+        position, shift = position + 1, shift + 7
+        if byte < 0x80:
+            return value, position

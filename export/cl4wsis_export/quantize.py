@@ -1,0 +1,113 @@
+"""INT8: pairs of QuantizeLinear and DequantizeLinear around the convolutions of a network graph.
+
+ONNX Runtime's static quantiser places the pairs, so that every runtime does the same arithmetic: symmetric signed
+activations with one scale per tensor, as TensorRT wants them, symmetric weights with one scale per output channel,
+float32 biases. Only the inputs of convolutions are quantised, once for all their readers. Then a residual connection
+reads the same int8 values as the convolution beside it, and an engine fuses convolution, addition and activation.
+
+The first convolution (it sees pixels, of which every level counts) and the heads stay float32, and so does everything
+after them. Ranges are the largest magnitudes on the calibration images: most activations here are bounded by a ReLU6,
+and clipping the others at a percentile of their histogram measured no better.
+"""
+
+import tempfile
+from collections.abc import Iterator, Sequence
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from cl4wsis.errors import BundleError, require
+from cl4wsis_export.fused import INPUT_NAME
+from cl4wsis_export.graph import serialize
+from cl4wsis_export.passes import TidyPass
+from cl4wsis_export.precision import head_nodes, layer_type, network_nodes
+
+_PREPARED = {"onnx.quant.pre_process": "onnxruntime.quant"}  # else the quantiser advises to fold and infer shapes first
+
+
+def quantize_network(network: ir.Model, frames: NDArray[np.uint8]) -> ir.Model:
+    """Quantise the convolutions of a network graph.
+
+    Args:
+        network: float32; it stays as it is.
+        frames: (N, H, W, 3) uint8 RGB, images of the input size on which ranges are measured.
+
+    Returns:
+        The same graph with int8 layers.
+
+    Raises:
+        BundleError: the quantiser failed, or left a layer as it was.
+        MissingExtraError: ONNX Runtime is not installed.
+    """
+    layers = layers_to_quantize(network)
+    with tempfile.TemporaryDirectory(prefix="cl4wsis-") as folder:
+        source, target = Path(folder) / "network.onnx", Path(folder) / "network-int8.onnx"
+        prepared = network.clone()
+        prepared.metadata_props.update(_PREPARED)
+        source.write_bytes(serialize(prepared))
+        _quantize_file(source, target, layers, frames)
+        quantized = ir.load(str(target))
+        model = ir.from_proto(ir.to_proto(quantized))  # the file is gone when the folder is
+    model.graph.sort()
+    model = TidyPass()(model).model
+    left = [node.name or "?" for node in model.graph if node.name in layers and layer_type(node) != "int8"]
+    if left:
+        raise BundleError(f"{len(left)} of {len(layers)} layers were not quantised, among them {', '.join(left[:3])}")
+    return model
+
+
+def layers_to_quantize(network: ir.Model) -> list[str]:
+    """Name the convolutions between the first one and the heads."""
+    inside = network_nodes(network)
+    kept = {*head_nodes(network), next(node for node in inside if node.op_type == "Conv")}
+    return [node.name or "" for node in inside if node.op_type == "Conv" and node not in kept]
+
+
+def frame_hashes(frames: NDArray[np.uint8]) -> tuple[str, ...]:
+    """Return the SHA-256 of the pixels of each frame."""
+    return tuple(sha256(np.ascontiguousarray(frame).tobytes()).hexdigest() for frame in frames)
+
+
+def _quantize_file(source: Path, target: Path, layers: Sequence[str], frames: NDArray[np.uint8]) -> None:
+    require("cpu")
+    from onnxruntime.quantization import CalibrationMethod, QuantFormat, QuantType, quantize_static
+
+    try:
+        quantize_static(
+            str(source),
+            str(target),
+            _reader(frames),
+            quant_format=QuantFormat.QDQ,
+            op_types_to_quantize=["Conv"],
+            nodes_to_quantize=list(layers),
+            per_channel=True,
+            activation_type=QuantType.QInt8,
+            weight_type=QuantType.QInt8,
+            calibrate_method=CalibrationMethod.MinMax,
+            extra_options={
+                "ActivationSymmetric": True,
+                "WeightSymmetric": True,
+                "QuantizeBias": False,
+                "OpTypesToExcludeOutputQuantization": ["Conv"],
+            },
+        )
+    except Exception as error:  # the quantiser raises errors of many kinds
+        raise BundleError(f"ONNX Runtime could not quantise the network: {error}") from error
+
+
+def _reader(frames: NDArray[np.uint8]) -> Any:
+    """Return what the quantiser reads calibration images from, one at a time."""
+    from onnxruntime.quantization import CalibrationDataReader
+
+    class Reader(CalibrationDataReader):  # type: ignore[misc]
+        def __init__(self) -> None:
+            self._feeds: Iterator[dict[str, NDArray[np.uint8]]] = ({INPUT_NAME: frame[None]} for frame in frames)
+
+        def get_next(self) -> dict[str, NDArray[np.uint8]] | None:
+            return next(self._feeds, None)
+
+    return Reader()

@@ -1,0 +1,124 @@
+"""INT8 by real quantisation: what becomes int8, what stays, and how far the answers move."""
+
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+
+from cl4wsis.errors import BundleError
+from cl4wsis.steps import StepInfo
+from cl4wsis_export import quantize
+from cl4wsis_export.borders import network_graph
+from cl4wsis_export.calibration import balanced_choice, calibration_images
+from cl4wsis_export.fused import MAP_NAMES
+from cl4wsis_export.graph import serialize
+from cl4wsis_export.precision import count_types, head_nodes, network_nodes
+from cl4wsis_export.quantize import frame_hashes, layers_to_quantize, quantize_network
+from cl4wsis_export.verify import open_session, verification_frames
+
+
+@pytest.fixture(scope="module")
+def frames(step_info: StepInfo) -> np.ndarray:
+    return verification_frames(step_info.input, 4, seed=1)
+
+
+@pytest.fixture(scope="module")
+def network_of_bundle(bundle_path: Path) -> ir.Model:
+    return network_graph(ir.load(str(bundle_path / "model.onnx")))
+
+
+@pytest.fixture(scope="module")
+def quantized(network_of_bundle: ir.Model, frames: np.ndarray) -> ir.Model:
+    return quantize_network(network_of_bundle, frames)
+
+
+def test_all_but_the_first_convolution_and_the_heads_are_int8(network_of_bundle: ir.Model, quantized: ir.Model) -> None:
+    layers = layers_to_quantize(network_of_bundle)
+    inside = [node for node in network_nodes(network_of_bundle) if node.op_type == "Conv"]
+    heads = [node for node in head_nodes(network_of_bundle) if node.op_type == "Conv"]
+    assert inside[0].name not in layers
+    assert not {node.name for node in heads} & set(layers)
+    assert len(layers) == len(inside) - 1 - len(heads)
+    assert count_types(quantized) == {"float32": 1 + len(heads), "int8": len(layers)}
+
+
+def test_scales_suit_tensorrt(quantized: ir.Model) -> None:
+    """Zero points are zero and int8; weights have one scale per output channel, activations one; biases are float."""
+    for node in quantized.graph:
+        if node.op_type not in ("QuantizeLinear", "DequantizeLinear"):
+            continue
+        scale, zero = node.inputs[1], node.inputs[2]
+        assert scale is not None
+        assert scale.const_value is not None
+        assert zero is not None
+        assert zero.const_value is not None
+        assert zero.const_value.dtype == ir.DataType.INT8
+        assert not zero.const_value.numpy().any()
+        assert (scale.const_value.numpy() > 0).all()
+        source = node.inputs[0]
+        assert source is not None
+        if source.const_value is not None:
+            assert source.const_value.dtype == ir.DataType.INT8
+            assert scale.const_value.shape == (source.const_value.shape[0],)
+        else:
+            assert scale.const_value.size == 1
+    for node in quantized.graph:
+        if node.op_type == "Conv" and len(node.inputs) > 2 and node.inputs[2] is not None:
+            assert node.inputs[2].const_value is not None
+            assert node.inputs[2].const_value.dtype == ir.DataType.FLOAT
+
+
+def test_a_value_is_quantised_once_for_all_its_readers(quantized: ir.Model) -> None:
+    sources = [node.inputs[0] for node in quantized.graph if node.op_type == "QuantizeLinear"]
+    assert len(sources) == len(set(sources))
+
+
+def test_answers_stay_near_those_of_float32(
+    network_of_bundle: ir.Model, quantized: ir.Model, frames: np.ndarray
+) -> None:
+    expected = open_session(serialize(network_of_bundle)).run(list(MAP_NAMES), {"images": frames})
+    for array, answer in zip(
+        expected, open_session(serialize(quantized)).run(list(MAP_NAMES), {"images": frames}), strict=True
+    ):
+        noise = np.sqrt(np.mean((answer - array) ** 2) / np.mean(array**2))
+        assert 1e-4 < noise < 0.3
+
+
+def test_int8_is_a_quarter_of_the_size(network_of_bundle: ir.Model, quantized: ir.Model) -> None:
+    assert len(serialize(quantized)) < 0.35 * len(serialize(network_of_bundle))
+
+
+def test_a_layer_that_stays_float_is_an_error(
+    network_of_bundle: ir.Model, frames: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = quantize._quantize_file
+    monkeypatch.setattr(quantize, "_quantize_file", lambda a, b, layers, c: real(a, b, layers[3:], c))
+    with pytest.raises(BundleError, match=r"3 of \d+ layers were not quantised, among them"):
+        quantize_network(network_of_bundle, frames)
+
+
+def test_frames_are_known_by_their_pixels(frames: np.ndarray) -> None:
+    hashes = frame_hashes(frames)
+    assert len(set(hashes)) == len(frames)
+    assert frame_hashes(frames[::-1].copy()) == hashes[::-1]
+    assert all(len(text) == 64 for text in hashes)
+
+
+def test_rare_classes_are_chosen_as_often_as_frequent_ones() -> None:
+    tags = [frozenset({"cat"})] * 50 + [frozenset({"dog"})] * 3 + [frozenset({"cow", "dog"})] * 3 + [frozenset({"emu"})]
+    chosen = balanced_choice(tags, ["cat", "dog", "cow"], 12, seed=0)
+    assert len(chosen) == len(set(chosen)) == 12
+    names = [tags[index] for index in chosen]
+    assert sum("cat" in image for image in names) == 6  # dog and cow have six images in all
+    assert sum("cow" in image for image in names) == 3
+    assert not any("emu" in image for image in names)
+    assert balanced_choice(tags, ["cat", "dog", "cow"], 12, seed=0) == chosen
+    assert len(balanced_choice(tags, ["dog"], 99, seed=0)) == 6
+
+
+def test_calibration_images_come_from_all_steps(step_info: StepInfo) -> None:
+    images = calibration_images(step_info.plan, step_info.step, 6)
+    assert len(images) == 6
+    assert {image.dtype for image in images} == {np.dtype(np.uint8)}
+    assert len({image.tobytes() for image in images}) == 6
