@@ -86,9 +86,9 @@ def test_no_digits_are_lost_in_silence(tmp_path: Path) -> None:
     scores = TensorInfo(name="scores", dtype="float32", shape=("batch", 3, *SIZE), meaning="")
     request = request_for(path, color_manifest(outputs=(scores,)))
     backend = openvino_backend.OpenVinoBackend(request)
-    backend._outputs = ("scores",)
-    images = np.full((1, *SIZE, 3), 251, np.uint8)
-    np.testing.assert_allclose(backend.run(images)["scores"], 251 * (1 + 1 / 1024 + 1 / 4096), rtol=1e-6)
+    call = backend._call_for(1)
+    call.infer({"images": np.full((1, *SIZE, 3), 251, np.uint8)})
+    np.testing.assert_allclose(call.get_tensor("scores").data, 251 * (1 + 1 / 1024 + 1 / 4096), rtol=1e-6)
 
 
 def test_half_precision_graphs_compute_in_half_or_say_that_the_cpu_cannot(
@@ -135,10 +135,35 @@ def test_weights_at_addresses_in_memory_are_refused(tmp_path: Path) -> None:
         openvino_backend.OpenVinoBackend(request_for(path, color_manifest(), "host"))
 
 
-def test_failing_run_says_what_to_do(folder: Path) -> None:
+def test_wrong_size_is_named(folder: Path) -> None:
     backend = openvino_backend.OpenVinoBackend(request_for(folder / "model.onnx", color_manifest()))
-    with pytest.raises(BackendError, match="use a smaller batch size"):
+    with pytest.raises(BackendError, match=r"shape \(1, 5, 5, 3\), expected"):
         backend.run(np.zeros((1, 5, 5, 3), np.uint8))
+
+
+def test_many_batch_sizes_do_not_pile_up(folder: Path) -> None:
+    backend = openvino_backend.OpenVinoBackend(request_for(folder / "model.onnx", color_manifest()))
+    for batch in (1, 2, 3, 4, 5, 6, 2, 1):
+        outputs = backend.run(np.full((batch, *SIZE, 3), 200, np.uint8))
+        assert outputs["instance_ids"].shape == (batch, *SIZE)
+        assert (outputs["instance_ids"] == 1).all()
+    assert len(backend._calls) == 4
+    assert list(backend._calls) == [5, 6, 2, 1]
+
+
+def test_compiled_graphs_are_stored_where_the_environment_says_and_nowhere_else(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = set(folder.iterdir())
+    images = np.full((1, *SIZE, 3), 200, np.uint8)
+    request = request_for(folder / "network.onnx", color_manifest(), "host")
+    plain = openvino_backend.OpenVinoBackend(request).run(images)["semantic_logits"].copy()
+    monkeypatch.setenv("CL4WSIS_OPENVINO_CACHE", str(tmp_path / "cache"))
+    for _ in range(2):  # written, then read
+        stored = openvino_backend.OpenVinoBackend(request).run(images)["semantic_logits"]
+        np.testing.assert_array_equal(stored, plain)
+    assert list((tmp_path / "cache").iterdir())
+    assert set(folder.iterdir()) == before
 
 
 def test_missing_wheel_names_the_install_command(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -102,6 +102,8 @@ def _open_session(request: BackendRequest, device: Device) -> Any:
     options = runtime.SessionOptions()
     options.log_severity_level = 4  # errors are raised, and what went wrong stands in them
     options.intra_op_num_threads = request.threads or usable_cores()
+    # Workers that spin between operators take the cores from what reads, fits and groups images beside them.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     # TF32 has the mantissa of half precision; results would differ from those the export was checked with.
     settings = [{"use_tf32": "0"}] if device == "cuda" else [{}]
     try:
