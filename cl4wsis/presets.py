@@ -12,7 +12,7 @@ from typing import Any
 
 from cl4wsis.config import config_folder, merge, read_toml
 from cl4wsis.errors import ConfigError
-from cl4wsis.recipe import LEARNING_FIELDS, NetworkSettings
+from cl4wsis.recipe import LEARNING_FIELDS, NetworkSettings, Recipe
 
 _FOLDER = "presets"
 
@@ -45,15 +45,15 @@ def preset_name(name: str) -> str:
     return find_preset(name).stem
 
 
-def apply_preset(tables: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """Lay a preset over a plan.
+def apply_preset(recipe: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """Lay a preset over the recipe of a plan.
 
     Args:
-        tables: the plan as nested tables.
+        recipe: resolved, as nested tables: a preset that sets one field of a table keeps the others.
         name: of a preset, or its file.
 
     Returns:
-        The tables of the plan with those of the preset on top, and ``recipe.preset`` set.
+        The recipe with the preset's fields on top, its name among them.
 
     Raises:
         ConfigError: there is no such preset, or it sets what is not a preset's to set.
@@ -62,8 +62,9 @@ def apply_preset(tables: Mapping[str, Any], name: str) -> dict[str, Any]:
     content = read_toml(path)
     reset = content.pop("reset", [])
     _check_content(content, reset, path)
-    recipe = _without_fields(tables.get("recipe", {}), reset)
-    return {**tables, "recipe": merge(recipe, {**content.get("recipe", {}), "preset": path.stem})}
+    for field in reset:
+        recipe = merge(recipe, _default_of(field, path))
+    return merge(recipe, {**content.get("recipe", {}), "preset": path.stem})
 
 
 def _check_content(content: Mapping[str, Any], reset: Any, path: Path) -> None:
@@ -90,16 +91,17 @@ def _fields_of_step_0() -> set[str]:
     return set(NetworkSettings.model_fields) - set(LEARNING_FIELDS)
 
 
-def _without_fields(tables: Mapping[str, Any], fields: list[str]) -> dict[str, Any]:
-    """Copy nested tables without some fields, given by dotted path; those that are not there are no matter."""
-    kept = dict(tables)
-    for field in fields:
-        head, _, rest = field.partition(".")
-        if not rest:
-            kept.pop(head, None)
-        elif isinstance(kept.get(head), Mapping):
-            kept[head] = _without_fields(kept[head], [rest])
-    return kept
+def _default_of(field: str, path: Path) -> dict[str, Any]:
+    """Return the default of a field of the recipe, given by dotted path, as nested tables."""
+    value: Any = Recipe().model_dump(mode="json")
+    for part in field.split("."):
+        if not isinstance(value, Mapping) or part not in value:
+            raise ConfigError(f"{path}: 'reset' names '{field}', which is no field of the recipe")
+        value = value[part]
+    for part in reversed(field.split(".")):
+        value = {part: value}
+    tables: dict[str, Any] = value
+    return tables
 
 
 def _opening_comment(file: Path) -> str:

@@ -241,6 +241,12 @@ class Plan(Settings):
         return ClassSplit(step=step, old_names=old, new_names=self.steps[step])
 
 
+class _RecipeTable(Settings):
+    """The recipe of a plan by itself."""
+
+    recipe: Recipe
+
+
 def load_plan(path: str | Path, overrides: Iterable[str] = (), preset: str | None = None) -> Plan:
     """Read a plan.
 
@@ -253,10 +259,13 @@ def load_plan(path: str | Path, overrides: Iterable[str] = (), preset: str | Non
         ConfigError: a file is missing or wrong; every problem is named with its field.
     """
     tables = read_toml(find_config(path))
+    # Resolved first: whoever sets one field of a table, say the rate of an optimiser, means to keep the others.
+    recipe = build_settings(_RecipeTable, {"recipe": tables.get("recipe", {})}, str(path)).recipe
+    resolved = recipe.model_dump(mode="json")
     if preset is not None:
-        tables = apply_preset(tables, preset)
+        resolved = apply_preset(resolved, preset)
     source = str(path) if preset is None else f"{path} with preset {preset}"
-    return build_settings(Plan, merge(tables, parse_overrides(overrides)), source)
+    return build_settings(Plan, merge({**tables, "recipe": resolved}, parse_overrides(overrides)), source)
 
 
 def class_color(label: int) -> tuple[int, int, int]:

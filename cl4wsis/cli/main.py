@@ -15,6 +15,7 @@ from cl4wsis.cli.benchmark import benchmark
 from cl4wsis.cli.convert import convert_encoder
 from cl4wsis.cli.data import check as check_data
 from cl4wsis.cli.demo import demo
+from cl4wsis.cli.diagnose import diagnose
 from cl4wsis.cli.doctor import doctor
 from cl4wsis.cli.evaluate import evaluate
 from cl4wsis.cli.export import export
@@ -80,6 +81,7 @@ for _name, _command in (
     ("verify", verify),
     ("benchmark", benchmark),
     ("demo", demo),
+    ("diagnose", diagnose),
     ("inspect", inspect),
     ("convert-encoder", convert_encoder),
     ("doctor", doctor),

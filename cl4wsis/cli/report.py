@@ -57,6 +57,18 @@ def print_steps(reports: Mapping[str, Mapping[int, "EvaluationReport"]], title: 
     print_table(title, [*columns, "forgotten#"], rows)
 
 
+def print_variants(reports: Mapping[str, "EvaluationReport"], title: str) -> None:
+    """Print AP50, AP and IoU of old, new and all classes of several measurements of one step."""
+    from cl4wsis.cli.console import print_table
+
+    columns = [f"{measure} {group}#" for measure in ("AP50", "AP", "mIoU") for group in _GROUPS]
+    rows = [
+        (name, *(value for means in (report.ap50, report.ap, report.iou) for value in _groups(means)))
+        for name, report in reports.items()
+    ]
+    print_table(title, ["", *columns], rows)
+
+
 def steps_as_json(reports: Mapping[str, Mapping[int, "EvaluationReport"]]) -> dict[str, Any]:
     """Return the same for machines: reports and forgetting by name and step."""
     from cl4wsis.metrics import forgetting

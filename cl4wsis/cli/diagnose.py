@@ -1,0 +1,54 @@
+"""``cl4wsis diagnose``: what bounds a trained step, found by replacing parts of the network's answer by the truth."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from cl4wsis.cli.options import DeviceOption, JsonOption, MethodOption, PresetOption, RunOption, SetOption
+
+
+def diagnose(
+    plan_name: Annotated[
+        str, typer.Argument(metavar="PLAN", help="Plan: a TOML file, or the name of one that comes with cl4wsis.")
+    ] = "shapes",
+    step: Annotated[int | None, typer.Option(help="Step to look at; the newest trained one when not given.")] = None,
+    run: RunOption = None,
+    settings: SetOption = None,
+    preset: PresetOption = None,
+    method: MethodOption = None,
+    device: DeviceOption = "auto",
+    as_json: JsonOption = False,
+) -> None:
+    """Measure a trained step with true classes, true centers and true offsets in place of the network's own."""
+    from cl4wsis.cli.console import print_json, progress_bar
+    from cl4wsis.cli.report import print_variants
+    from cl4wsis.errors import RunError, require
+    from cl4wsis.steps import step_folder, trained_steps
+    from cl4wsis.tasks import load_plan
+
+    plan = load_plan(plan_name, [*(settings or []), *([f"recipe.method={method}"] if method else [])], preset)
+    folder = run or Path("runs") / plan.name
+    steps = trained_steps(folder, plan.recipe.variant)
+    if not steps:
+        raise RunError(
+            f"{folder}: holds no trained step; run 'cl4wsis train-step' first, or name the folder with --run"
+        )
+    step = steps[-1] if step is None else step
+    plan.split(step)
+    require("train")
+    from cl4wsis_train.checkpoint import load_step
+    from cl4wsis_train.diagnose import diagnose_network
+    from cl4wsis_train.trainer import build_fabric
+
+    network, _ = load_step(step_folder(folder, step, plan.recipe.variant))
+    network.to(build_fabric(plan, device, 1).device)
+    with progress_bar() as bar:
+        task = bar.add_task("diagnose", total=None)
+        reports = diagnose_network(
+            network, plan, step, lambda done, total: bar.update(task, completed=done, total=total)
+        )
+    if as_json:
+        print_json({name: report.model_dump(mode="json") for name, report in reports.items()})
+    else:
+        print_variants(reports, f"step {step} of {plan.name} ({plan.recipe.variant}), percent")
