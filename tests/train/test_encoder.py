@@ -320,6 +320,7 @@ class _Features(nn.Module):
         return tuple(self.network(images))
 
 
+@pytest.mark.slow
 def test_wider_resnet_exports_with_operators_that_every_runtime_has(images: Tensor) -> None:
     network = _Features(WiderResNet(8, num_blocks=(1,) * 6, channels=THIN)).eval()
     network.network.load_state_dict(randomized(network.network), strict=False)

@@ -87,11 +87,6 @@ def test_old_network_is_untouched_by_training(run: Path) -> None:
     assert all(torch.equal(tensor, phase_1[f"old_network.{name}"]) for name, tensor in base.items())
 
 
-def test_training_twice_gives_the_same_weights(run: Path, tmp_path: Path) -> None:
-    again = train_step(tiny_plan(), 0, tmp_path, fabric=build_fabric(tiny_plan(), "cpu"), evaluate=False)
-    assert read_step(again).weights_sha256 == read_step(step_folder(run, 0)).weights_sha256
-
-
 @pytest.mark.parametrize(("phase", "epoch"), [("semantic", 1), ("instance", 0), ("instance", 1)])
 def test_interrupted_step_ends_as_if_it_had_not_been(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, phase: str, epoch: int
