@@ -15,7 +15,6 @@ from onnx_ir.passes import common
 
 from cl4wsis.errors import BundleError
 from cl4wsis_export.fused import MAP_NAMES
-from cl4wsis_export.graph import serialize
 
 _MIN_SHARED_BYTES = 1024
 """Smaller initializers, such as shapes and bounds, are stored twice: runtimes look into them while they load."""
@@ -73,8 +72,8 @@ def join(network: ir.Model, tail: ir.Model) -> ir.Model:
     return joined
 
 
-def share_weights(network: ir.Model, whole: bytes, location: str) -> bytes:
-    """Serialize a network graph whose weights lie in the file of the whole graph.
+def share_weights(network: ir.Model, whole: bytes, location: str) -> ir.Model:
+    """Let the weights of a network graph lie in the file of the whole graph.
 
     Args:
         network: its initializers have the names, types and values they have in the whole graph.
@@ -82,7 +81,7 @@ def share_weights(network: ir.Model, whole: bytes, location: str) -> bytes:
         location: its name; both files lie in one folder.
 
     Returns:
-        The bytes of an ``.onnx`` file.
+        The graph to serialize; ``network`` stays as it is.
     """
     places = dict(_raw_data(whole))
     sparse = network.clone()
@@ -95,9 +94,9 @@ def share_weights(network: ir.Model, whole: bytes, location: str) -> bytes:
         if length != len(content) or sha256(whole[offset : offset + length]).digest() != sha256(content).digest():
             continue  # a value of that name was changed on one of the two sides
         value.const_value = ir.ExternalTensor(
-            location, offset, length, tensor.dtype, shape=ir.Shape(tensor.shape), name=name, base_dir=""
+            location, offset, length, tensor.dtype, shape=ir.Shape(tensor.shape.numpy()), name=name, base_dir=""
         )
-    return serialize(sparse)
+    return sparse
 
 
 def _maps(model: ir.Model) -> list[ir.Value]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from cl4wsis.grouping import GroupingSpec
-from cl4wsis_export.grouping import GroupingOutput, StaticGrouping, enlarged_class_map
+from cl4wsis_export.grouping import StaticGrouping, enlarged_class_map
 from cl4wsis_train.models.maps import grouping_grid, maps_on_grid
 from cl4wsis_train.models.network import InstanceSegmenter, SegmenterOutput
 
@@ -55,7 +55,13 @@ class FusedSegmenter(nn.Module):
         self.network = network
         self.spec = spec
         self.input_size = input_size
-        self.grouping = StaticGrouping(spec, grouping_grid(input_size, spec.profile), rounds)
+        self.rounds = rounds
+        self.map_grouping = MapGrouping(spec, input_size, rounds)
+
+    @property
+    def grouping(self) -> StaticGrouping:
+        """The grouping itself."""
+        return self.map_grouping.grouping
 
     def forward(self, images: Tensor) -> FusedOutput:
         """Segment a batch.
@@ -63,7 +69,8 @@ class FusedSegmenter(nn.Module):
         Args:
             images: (B, H, W, 3) uint8 RGB.
         """
-        return self.group(self.network(self.normalize(images)))
+        output: FusedOutput = self.map_grouping(*self.network(self.normalize(images)))
+        return output
 
     def normalize(self, images: Tensor) -> Tensor:
         """Turn (B, H, W, 3) uint8 RGB images into the (B, 3, H, W) float32 input of the network."""
@@ -73,9 +80,51 @@ class FusedSegmenter(nn.Module):
         """Return what the network says about (B, H, W, 3) uint8 RGB images, on the grid of the grouping."""
         return maps_on_grid(self.network(self.normalize(images)), self.input_size, self.spec.profile)
 
-    def group(self, output: SegmenterOutput) -> FusedOutput:
-        """Make instances of the network's raw maps."""
-        instances = self._group(maps_on_grid(output, self.input_size, self.spec.profile))
+
+class TracedNetwork(nn.Module):
+    """The part of the fused module before the grouping, its borders as outputs; used for export alone.
+
+    Args:
+        segmenter: in evaluation mode.
+    """
+
+    OUTPUT_NAMES = (*MAP_NAMES, NETWORK_INPUT)
+
+    def __init__(self, segmenter: FusedSegmenter) -> None:
+        super().__init__()
+        self.segmenter = segmenter
+
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        """Return the three maps of the network, and its input, for (B, H, W, 3) uint8 RGB images."""
+        network_input = self.segmenter.normalize(images)
+        return (*self.segmenter.network(network_input), network_input)
+
+
+class MapGrouping(nn.Module):
+    """The part of the fused module behind the network; used for export alone.
+
+    Args:
+        spec: of the grouping.
+        input_size: (height, width) of the network input, px.
+        rounds: of region labelling.
+
+    Raises:
+        ConfigError: the grouping profile cannot be a graph.
+    """
+
+    def __init__(self, spec: GroupingSpec, input_size: tuple[int, int], rounds: int) -> None:
+        super().__init__()
+        self.spec = spec
+        self.input_size = input_size
+        self.grouping = StaticGrouping(spec, grouping_grid(input_size, spec.profile), rounds)
+
+    def forward(self, semantic_logits: Tensor, center_heatmap: Tensor, offset_map: Tensor) -> FusedOutput:
+        """Make instances of the network's raw maps, as :class:`SegmenterOutput` describes them."""
+        output = SegmenterOutput(semantic_logits, center_heatmap, offset_map)
+        logits, center_heatmap, offset_map = maps_on_grid(output, self.input_size, self.spec.profile)
+        class_map, class_probs, probs = _classify(logits)
+        full_class_map = enlarged_class_map(probs) if self.spec.profile == "fast" else class_map
+        instances = self.grouping.group(class_map, class_probs, full_class_map, center_heatmap, offset_map)
         return FusedOutput(
             instance_ids=instances.instance_ids.to(torch.uint8),  # last of all: TensorRT has uint8 at its borders only
             labels=instances.labels.to(torch.int32),
@@ -83,31 +132,6 @@ class FusedSegmenter(nn.Module):
             areas=instances.areas.to(torch.int32),
             boxes=instances.boxes,
         )
-
-    def _group(self, maps: SegmenterOutput) -> GroupingOutput:
-        class_map, class_probs, probs = _classify(maps.semantic_logits)
-        full_class_map = enlarged_class_map(probs) if self.spec.profile == "fast" else class_map
-        return self.grouping.group(class_map, class_probs, full_class_map, maps.center_heatmap, maps.offset_map)
-
-
-class TracedSegmenter(nn.Module):
-    """The fused module with the borders of its network as further outputs, so that the graph can be cut there.
-
-    Args:
-        segmenter: in evaluation mode.
-    """
-
-    OUTPUT_NAMES = (*FusedOutput._fields, NETWORK_INPUT, *MAP_NAMES)
-
-    def __init__(self, segmenter: FusedSegmenter) -> None:
-        super().__init__()
-        self.segmenter = segmenter
-
-    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-        """Return the instances, the network's input and its three maps for (B, H, W, 3) uint8 RGB images."""
-        network_input = self.segmenter.normalize(images)
-        output = self.segmenter.network(network_input)
-        return (*self.segmenter.group(output), network_input, *output)
 
 
 def _classify(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,5 +1,6 @@
 """From a torch module to an ONNX graph with a free batch size and stable names."""
 
+import functools
 import logging
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -10,7 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from cl4wsis.errors import BundleError
-from cl4wsis_export.fused import INPUT_NAME, FusedOutput, FusedSegmenter, TracedSegmenter
+from cl4wsis.grouping import GroupingSpec
+from cl4wsis_export.borders import join
+from cl4wsis_export.fused import INPUT_NAME, MAP_NAMES, FusedOutput, FusedSegmenter, MapGrouping, TracedNetwork
 from cl4wsis_export.passes import ConstantShapePass, FoldPass, TidyPass, check_operators
 
 BATCH = "batch"
@@ -35,13 +38,24 @@ def build_graph(segmenter: FusedSegmenter, opset: int) -> ir.Model:
     """
     height, width = segmenter.input_size
     example = torch.zeros(_EXAMPLE_BATCH, height, width, 3, dtype=torch.uint8)
-    model = export_module(TracedSegmenter(segmenter).eval(), {INPUT_NAME: example}, TracedSegmenter.OUTPUT_NAMES, opset)
-    outputs, borders = model.graph.outputs[: len(FusedOutput._fields)], model.graph.outputs[len(FusedOutput._fields) :]
-    for border in borders:
-        border.shape = ir.Shape([BATCH, *(border.shape or ())[1:]])
-    model.graph.outputs[:] = outputs
-    _pin_output_shapes(model, (height, width), segmenter.spec.max_instances)
-    return model
+    network = export_module(TracedNetwork(segmenter).eval(), {INPUT_NAME: example}, TracedNetwork.OUTPUT_NAMES, opset)
+    for value in network.graph.outputs:
+        value.shape = ir.Shape([BATCH, *(value.shape or ())[1:]])
+    network.graph.outputs[:] = network.graph.outputs[: len(MAP_NAMES)]
+    shapes = tuple(tuple(int(str(side)) for side in (value.shape or ())[1:]) for value in network.graph.outputs)
+    tail = _build_tail(segmenter.spec, segmenter.input_size, segmenter.rounds, shapes, opset)
+    return join(network, tail)
+
+
+@functools.lru_cache(maxsize=4)
+def _build_tail(
+    spec: GroupingSpec, input_size: tuple[int, int], rounds: int, map_shapes: tuple[tuple[int, ...], ...], opset: int
+) -> ir.Model:
+    """Export the grouping of maps of these shapes (without the batch); not to be changed, as it is kept."""
+    examples = {name: torch.zeros(_EXAMPLE_BATCH, *shape) for name, shape in zip(MAP_NAMES, map_shapes, strict=True)}
+    tail = export_module(MapGrouping(spec, input_size, rounds).eval(), examples, FusedOutput._fields, opset)
+    _pin_output_shapes(tail, input_size, spec.max_instances)
+    return tail
 
 
 def export_module(

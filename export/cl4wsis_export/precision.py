@@ -7,6 +7,7 @@ QuantizeLinear and DequantizeLinear, in which type each layer computes, and a st
 from collections import Counter
 
 import numpy as np
+import onnx
 import onnx_ir as ir
 from numpy.typing import NDArray
 from onnx_ir.passes import common
@@ -34,13 +35,13 @@ def count_types(model: ir.Model | bytes) -> dict[str, int]:
     out of a DequantizeLinear.
 
     Args:
-        model: the graph, or the contents of an ``.onnx`` file without external data.
+        model: the graph, or the contents of an ``.onnx`` file.
 
     Returns:
         Number of layers by ``float32``, ``float16`` or ``int8``; types that do not occur are left out.
     """
     if isinstance(model, bytes):
-        model = ir.from_proto(ir.serde.onnx.ModelProto.FromString(model))
+        model = ir.from_proto(onnx.load_from_string(model))
     types = Counter(layer_type(node) for node in model.graph.all_nodes() if is_layer(node))
     return dict(sorted(types.items()))
 
@@ -178,7 +179,7 @@ class _Casts:
                 )
             name = f"{value.name}_clipped_half" if clip else f"{value.name}_half"
             half = ir.tensor(array.astype(np.float16), name=name)
-            made = ir.Value(name=name, shape=half.shape, type=ir.TensorType(half.dtype), const_value=half)
+            made = ir.Value(name=name, shape=ir.Shape(array.shape), type=ir.TensorType(half.dtype), const_value=half)
             self._model.graph.register_initializer(made)
             self._made[key] = made
         return self._made[key]

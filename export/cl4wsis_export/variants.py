@@ -70,7 +70,7 @@ def float_pair(model: ir.Model, manifest: Manifest) -> GraphPair:
         precision="float32",
         post="graph",
         source_sha256=sha256(content).hexdigest(),
-        types=count_types(network),
+        types=count_types(model),
     )
     return _with_host(network, graph, content, manifest)
 
@@ -110,7 +110,7 @@ def lower_pair(
         post="graph",
         source_sha256=truth.source_sha256,
         calibration=hashes,
-        types=count_types(network),
+        types=count_types(whole),
     )
     content = serialize(MetadataPass(metadata_from_manifest(manifest, graph))(whole).model)
     return _with_host(network, graph, content, manifest)
@@ -122,10 +122,11 @@ def _with_host(network: ir.Model, graph: VariantInfo, content: bytes, manifest: 
         "post": "host",
         "weights_file": graph.file,
         "weights_sha256": sha256(content).hexdigest(),
+        "types": count_types(network),
     }
     host = graph.model_copy(update=changes)
     MetadataPass(metadata_from_manifest(manifest, host))(network)
-    return GraphPair(graph, content, host, share_weights(network, content, graph.file))
+    return GraphPair(graph, content, host, serialize(share_weights(network, content, graph.file)))
 
 
 def _file(name: str, precision: Precision) -> str:

@@ -1,0 +1,89 @@
+"""Every encoder in every precision: exported, verified, run at every batch size, and built for four kinds of GPU."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tiny import tiny_plan
+
+from cl4wsis.bundle import Precision, open_bundle
+from cl4wsis.checks import Limits
+from cl4wsis.grouping import GroupingSpec
+from cl4wsis.steps import ClassInfo, InputRule, StepInfo
+from cl4wsis.tasks import class_color
+from cl4wsis_export import ExportSpec, export_network
+from cl4wsis_export.verify import open_session, verification_frames
+from cl4wsis_train.models.network import InstanceSegmenter
+
+pytestmark = pytest.mark.slow
+
+PRECISIONS: tuple[Precision, ...] = ("float32", "float16", "int8")
+GPUS = ("8.0", "8.6", "8.9", "12.0")
+SIDE = 128
+
+
+@pytest.fixture(scope="module", params=["tf_efficientnet_lite0", "resnet50", "resnet101"])
+def path(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Export an untrained network whose answers hold many instances."""
+    plan = tiny_plan(
+        f"recipe.input_size=[{SIDE}, {SIDE}]",
+        f"recipe.network.encoder={request.param}",
+        'steps=[["disc", "square", "star"], ["ring"]]',
+    )
+    torch.manual_seed(3)
+    network = InstanceSegmenter(plan.recipe.network, (3, 1)).eval()
+    with torch.no_grad():
+        for head in network.semantic_branch.classifier.parameters():
+            head.mul_(20)
+    classes = (
+        ClassInfo(name=n, step_added=i // 3, color=class_color(i)) for i, n in enumerate(plan.split(1).seen_names)
+    )
+    info = StepInfo(
+        plan=plan,
+        step=1,
+        classes=tuple(classes),
+        class_counts=(3, 1),
+        network=plan.recipe.network,
+        input=InputRule(size=plan.recipe.input_size, mean=network.mean, std=network.std),
+        weights_sha256="12" * 32,
+        parent_sha256=None,
+        seconds={},
+    )
+    spec = ExportSpec(
+        grouping=GroupingSpec(min_area=4, max_instances=8),
+        region_rounds=4,
+        verification_images=2,
+        precisions=PRECISIONS,
+        precision_images=3,
+        calibration_images=4,
+        limits={"float16": Limits(matched=0.7), "int8": Limits(matched=0.2)},  # untrained: much is a matter of rounding
+    )
+    return export_network(network, info, tmp_path_factory.mktemp("encoders") / "x.cl4wsis", spec)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_every_batch_size_gives_the_same_answers(path: Path, precision: Precision) -> None:
+    bundle = open_bundle(path)
+    frames = verification_frames(bundle.manifest.input, 8, seed=2)
+    session = open_session(bundle.path_of(bundle.variant(precision)))
+    alone = [session.run(["instance_ids", "scores"], {"images": frame[None]}) for frame in frames]
+    assert sum(len(np.unique(ids)) - 1 for ids, _ in alone) >= 8
+    for size in range(1, 9):
+        ids, scores = session.run(["instance_ids", "scores"], {"images": frames[:size]})
+        for row in range(size):
+            assert (ids[row] != alone[row][0][0]).mean() < 1e-3
+            np.testing.assert_allclose(scores[row], alone[row][1][0], atol=1e-3)
+
+
+@pytest.mark.trt
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_tensorrt_rtx_builds_it_and_keeps_the_types(path: Path, precision: Precision) -> None:
+    pytest.importorskip("tensorrt_rtx", reason="building engines needs the extra 'trt-rtx'")
+    from cl4wsis_export.rtx import build_rtx_engine
+
+    bundle = open_bundle(path)
+    variant = bundle.variant(precision)
+    assert variant.types[precision] > 40
+    content = bundle.path_of(variant).read_bytes()
+    assert build_rtx_engine(content, compute_capabilities=GPUS, max_batch=8, stated_types=variant.types)
