@@ -11,7 +11,12 @@ Regions. Labels spread by hooking and pointer jumping: every pixel looks for a h
 of the same class and hangs the root of its own tree below that label; then all pixels jump to the parent of their
 parent. Where several pixels hang up one root in a round, any of them may win: roots only move to higher labels of the
 same region, so the end is the same, and what was not joined is joined in a later round. The number of rounds is fixed;
-few are needed, since trees merge in parallel and paths shrink to an eighth per round.
+few are needed, since trees merge in parallel and paths shrink to an eighth per round. This is the only scatter that may
+write one place twice: propagation by pools, or by maxima along rows and columns, needs none, but takes a round for
+every few pixels or turns of a region, hundreds in a maze that this labels in six rounds.
+
+Peaks. A maximum over large windows of every class map would cost more than all else. Maxima of small blocks bound it
+from both sides, and only pixels between the bounds look into their window; see ``_find_peaks``.
 
 Source: CL4WSIS (ICCV 2023) for the grouping; Shiloach and Vishkin, An O(log n) parallel connectivity algorithm (1982).
 """
@@ -152,6 +157,10 @@ class StaticGrouping(nn.Module):
         peaks = self._find_peaks(class_map, classes, center_heatmap)
         centers = self._choose_centers(labels, peaks, classes)
         ids = self._assign_pixels(labels, centers, offset_map)  # (B, h, w)
+        return self._padded(self._describe(ids, centers, class_probs, full_class_map))
+
+    def _describe(self, ids: Tensor, centers: _Centers, class_probs: Tensor, full_class_map: Tensor) -> GroupingOutput:
+        """Bring ids to full size, drop small instances, and measure the others."""
         ones = (ids * 0 + 1).unsqueeze(2)  # (B, h, 1, w)
         if self.spec.profile == "fast":
             grid_counts = self._count_rows(ids, torch.cat([ones, class_probs.unsqueeze(2)], dim=2)).sum(1)
@@ -170,14 +179,13 @@ class StaticGrouping(nn.Module):
         ids = ids * _look_up(F.pad(alive, (1, 0)), ids.flatten(1)).reshape(-1, *self.grid)
         if kept is not None:
             ids = (ids[:, :, None, :, None] * kept).flatten(3, 4).flatten(1, 2)  # (B, H, W)
-        output = GroupingOutput(
+        return GroupingOutput(
             instance_ids=ids,
             labels=(centers.class_value - 1) * alive,
             scores=centers.factor * (mass / grid_areas.clamp(min=1)) * alive,
             areas=areas * alive,
             boxes=_boxes(row_counts, column_counts) * alive.unsqueeze(2),
         )
-        return self._padded(output)
 
     def label_regions(self, classes: Tensor) -> tuple[Tensor, Tensor]:
         """Label the 8-connected parts of equal class.
