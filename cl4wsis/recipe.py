@@ -138,6 +138,9 @@ class SemanticPhase(Settings):
     """Train the auxiliary decoder on its own maps, refined by PAMR."""
     label_smoothing: float = Field(0.5, ge=0, le=1)
     """Share of the hard pseudo label in the semantic target (alpha)."""
+    yielded_share: float = Field(0.0, ge=0, lt=1)
+    """Share of the new classes' pixels on training images that fall to other classes when their logits are lowered
+    after training. 0 as published: without old images nothing tells new classes from old ones, and they claim both."""
     clean_old_targets: bool = False
     """With tags of all seen classes, also remove untagged old classes from the semantic target, as the paper says; in
     the authors' code tags clean the target of the auxiliary decoder alone."""

@@ -74,3 +74,24 @@ def test_phase_2_trains_nothing_but_the_instance_branch() -> None:
     assert all(name.startswith("network.instance_branch.") for name in trained)
     assert phase.network.instance_branch.training
     assert not phase.network.encoder.training
+
+
+def test_new_classes_yield_the_share_of_their_pixels_that_the_recipe_states() -> None:
+    phase = tiny_phase()
+    logits = torch.zeros(2, 7, 1, 5)
+    logits[0, 5, 0] = torch.tensor([1.0, 2.0, 3.0, -1.0, 0.5])  # the tagged new class of the first image
+    logits[0, 6, 0, 1] = 9.0  # a new class that this image does not hold wins here
+    logits[1, 6, 0] = torch.tensor([2.0, -1.0, -1.0, -1.0, -1.0])
+    phase.network.forward_semantic = lambda features: logits  # type: ignore[method-assign]
+    before = [head.bias.clone() for head in phase.network.semantic_branch.classifier]
+    drop = phase.lower_new_classes([weak_batch()], 1 / 3)  # of the margins 0.5, 1, 2 and 3
+    assert drop == pytest.approx(1.0)
+    after = [head.bias for head in phase.network.semantic_branch.classifier]
+    assert all(torch.equal(a, b) for a, b in zip(before[:-1], after[:-1], strict=True))
+    torch.testing.assert_close(after[-1], before[-1] - 1.0)
+
+
+def test_new_classes_that_win_nowhere_are_left_alone() -> None:
+    phase = tiny_phase()
+    phase.network.forward_semantic = lambda features: torch.zeros(2, 7, 3, 3)  # type: ignore[method-assign]
+    assert phase.lower_new_classes([weak_batch()], 0.5) == 0.0

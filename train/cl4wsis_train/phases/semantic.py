@@ -8,6 +8,9 @@ Segmenter's semantic branch.
 Legend: Z activation logits of the localizer, P' old probabilities, G semantic target, o old channels with background.
 """
 
+from collections.abc import Iterable
+
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -99,6 +102,39 @@ class SemanticPhase(Phase):
             losses["semantic"] = self._semantic_loss(batch, eval_logits, semantic_logits, old_logits)
             losses |= self._self_supervised_losses(batch, cam_logits, eval_logits)
         return losses
+
+    @torch.no_grad()
+    def lower_new_classes(self, batches: Iterable[Batch], share: float) -> float:
+        """Lower the logits of the new classes by as much as costs them a share of their own pixels.
+
+        No image of this phase shows what new classes must not claim, the objects of old classes. Their logits grow
+        until they win on their own pixels, and further; the quantile of the margin by which they win there says how
+        much of it can be spared. It is taken off the biases of the newest classifier.
+
+        Args:
+            batches: training images with their tags.
+            share: of the pixels on which a tagged new class has the largest logit.
+
+        Returns:
+            What was taken off; 0 where no new class wins a pixel.
+        """
+        self.network.eval()
+        new = self.split.semantic_new
+        margins = []
+        for batch in batches:
+            images = self.network.normalize(batch.images)
+            logits = self.network.forward_semantic(self.network.encoder(images)).float()  # (B, C, h, w)
+            tagged = _with_background(batch.image_labels)[:, :, None, None] > 0
+            own = logits.masked_fill(~tagged, -torch.inf)[:, new].amax(1)
+            others = torch.cat(
+                [logits[:, self.split.semantic_old], logits[:, new].masked_fill(tagged[:, new], -torch.inf)], 1
+            )
+            margin = own - others.amax(1)  # (B, h, w)
+            margins.append(margin[margin > 0].cpu())
+        found = torch.cat(margins).double().numpy()
+        drop = float(np.quantile(found, share)) if len(found) else 0.0
+        self.network.semantic_branch.classifier[-1].bias -= drop
+        return drop
 
     def _run_encoders(self, batch: Batch) -> tuple[list[Tensor], list[Tensor]]:
         """Return the features of this network and of the old one; a frozen encoder is one for both."""
