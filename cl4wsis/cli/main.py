@@ -12,6 +12,7 @@ import typer
 
 from cl4wsis import __version__
 from cl4wsis.cli.benchmark import benchmark
+from cl4wsis.cli.compare import ManyValuesCommand, compare
 from cl4wsis.cli.convert import convert_encoder
 from cl4wsis.cli.data import check as check_data
 from cl4wsis.cli.demo import demo
@@ -88,6 +89,7 @@ for _name, _command in (
 ):
     app.command(_name)(_with_plain_errors(_command))
 
+app.command("compare", cls=ManyValuesCommand)(_with_plain_errors(compare))
 _data_app = typer.Typer(help="Look at the data of a plan before training on it.", no_args_is_help=True)
 _data_app.command("check")(_with_plain_errors(check_data))
 app.add_typer(_data_app, name="data")

@@ -1,0 +1,205 @@
+"""``cl4wsis compare``: train presets on one plan over several seeds and hold them against each other."""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from typer.core import TyperCommand
+
+from cl4wsis.cli.options import DeviceOption, JsonOption, RunOption, SetOption
+
+if TYPE_CHECKING:
+    from cl4wsis.comparison import Measurement, Summary
+    from cl4wsis.tasks import Plan
+
+PLAN_ITSELF = "plan"
+"""Stands for the plan's own recipe among the presets."""
+
+
+class ManyValuesCommand(TyperCommand):
+    """A command whose repeatable options take every word up to the next option: ``--seeds 1 2 3``."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Repeat the option's name before each of its words, then parse as usual."""
+        repeatable = {name for option in self.params if getattr(option, "multiple", False) for name in option.opts}
+        return super().parse_args(ctx, list(_spelled_out(args, repeatable)))
+
+
+def _spelled_out(words: Sequence[str], repeatable: set[str]) -> Iterator[str]:
+    option, is_first = None, False
+    for word in words:
+        if word.startswith("--"):
+            option, is_first = (word if word in repeatable else None), True
+            if option is None:
+                yield word
+        elif option is not None:
+            yield from (option, word)
+            is_first = False
+        else:
+            yield word
+    if option is not None and is_first:
+        yield option  # without a word: let the parser complain
+
+
+def compare(
+    plan_name: Annotated[
+        str, typer.Argument(metavar="PLAN", help="Plan: a TOML file, or the name of one that comes with cl4wsis.")
+    ] = "shapes",
+    presets: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Presets, shipped ones or TOML files, in one go: --presets ours pam joint. 'plan' is the plan's own "
+            "recipe. Not given: plan, fine-tune and joint."
+        ),
+    ] = None,
+    seeds: Annotated[list[int] | None, typer.Option(help="Seeds, in one go: --seeds 1 2 3. Not given: 1 2 3.")] = None,
+    run: RunOption = None,
+    settings: SetOption = None,
+    joint_every_step: Annotated[
+        bool, typer.Option("--joint-every-step", help="Train joint after every step, not only after the last.")
+    ] = False,
+    device: DeviceOption = "auto",
+    as_json: JsonOption = False,
+) -> None:
+    """Train presets on a plan, with one base step per seed, and write compare.md, compare.csv and compare.png.
+
+    Give the plan first. What is trained already is not trained again, so an interrupted comparison goes on where it
+    stopped, and presets or seeds can be added later. The run folder holds one run per seed; runs/PLAN/compare when not
+    given.
+    """
+    from cl4wsis.cli.console import note, print_json
+    from cl4wsis.comparison import comparison_markdown, summarize, write_csv
+    from cl4wsis.comparison_plot import plot_comparison
+    from cl4wsis.errors import require
+    from cl4wsis.published import published_for
+
+    chosen = list(dict.fromkeys(presets or [PLAN_ITSELF, "fine-tune", "joint"]))
+    numbers = list(dict.fromkeys(seeds or [1, 2, 3]))
+    runs = {seed: _load_plans(plan_name, chosen, settings or [], seed) for seed in numbers}
+    plan = runs[numbers[0]][0]
+    folder = run or Path("runs") / plan.name / "compare"
+    require("train")
+    measurements = _train_and_read(runs, folder, joint_every_step, device)
+    summaries = summarize(measurements)
+    published = published_for(plan)
+    write_csv(measurements, folder / "compare.csv")
+    plot_comparison(summaries, f"{plan.name}, {len(numbers)} seed(s), percent", folder / "compare.png")
+    descriptions = _descriptions(chosen)
+    text = comparison_markdown(plan, descriptions, summaries, published, "compare.png")
+    (folder / "compare.md").write_text(text, encoding="utf-8")
+    note(f"{folder} holds compare.md, compare.csv and compare.png")
+    if as_json:
+        print_json({"folder": str(folder), "measurements": [vars(found) for found in measurements]})
+    else:
+        _print_tables(plan, summaries)
+
+
+def _load_plans(
+    name: str, presets: Sequence[str], settings: Sequence[str], seed: int
+) -> "tuple[Plan, dict[str, Plan]]":
+    """Load the plan itself, which trains step 0, and the plan under each preset."""
+    from cl4wsis.errors import ConfigError
+    from cl4wsis.presets import preset_name
+    from cl4wsis.tasks import load_plan
+
+    overrides = [*settings, f"recipe.seed={seed}"]
+    base = load_plan(name, overrides)
+    plans: dict[str, Plan] = {}
+    for preset in presets:
+        label = PLAN_ITSELF if preset == PLAN_ITSELF else preset_name(preset)
+        if label in plans:
+            raise ConfigError(f"two presets are called '{label}'; their steps would share a folder: rename a file")
+        plans[label] = base if preset == PLAN_ITSELF else load_plan(name, overrides, preset)
+    return base, plans
+
+
+def _train_and_read(
+    runs: "dict[int, tuple[Plan, dict[str, Plan]]]", folder: Path, joint_every_step: bool, device: str
+) -> "list[Measurement]":
+    """Train what is missing, the first seed of all presets first, and read what was measured."""
+    from cl4wsis.comparison import add_ratios, read_measurements
+
+    jobs = [
+        (plan, step, folder / f"seed-{seed}")
+        for seed, (base, plans) in runs.items()
+        for plan, step in _jobs_of(base, plans, joint_every_step)
+    ]
+    _train_missing(jobs, device)
+    measurements = []
+    for seed, (_, plans) in runs.items():
+        for label, plan in plans.items():
+            steps = [0, *_later_steps(plan, joint_every_step)]
+            measurements += read_measurements(folder / f"seed-{seed}", plan.recipe.variant, label, seed, steps)
+    order = {label: index for index, label in enumerate(next(iter(runs.values()))[1])}
+    return add_ratios(sorted(measurements, key=lambda found: (order[found.preset], found.step, found.seed)))
+
+
+def _jobs_of(base: "Plan", plans: "dict[str, Plan]", joint_every_step: bool) -> "Iterator[tuple[Plan, int]]":
+    yield base, 0
+    for plan in plans.values():
+        for step in _later_steps(plan, joint_every_step):
+            yield plan, step
+
+
+def _later_steps(plan: "Plan", joint_every_step: bool) -> list[int]:
+    """List the steps after step 0 that a preset is trained on; joint training needs none of those before the last."""
+    steps = list(range(1, plan.num_steps))
+    return steps if plan.recipe.method != "joint" or joint_every_step else steps[-1:]
+
+
+def _train_missing(jobs: "Sequence[tuple[Plan, int, Path]]", device: str) -> None:
+    """Check what is there, then train what is not, in order."""
+    from cl4wsis.cli.console import note
+    from cl4wsis.comparison import difference
+    from cl4wsis.errors import RunError
+    from cl4wsis.steps import read_step, step_folder
+
+    missing = []
+    for plan, step, run in jobs:
+        folder = step_folder(run, step, plan.recipe.variant)
+        if not folder.exists():
+            missing.append((plan, step, run))
+            continue
+        found = difference(read_step(folder).plan, plan, step)
+        if found is not None:
+            raise RunError(
+                f"{folder}: was trained with other settings: {found}; compare in another folder (--run), or delete "
+                "this one to train it again"
+            )
+    if not missing:
+        return
+    from cl4wsis_train.trainer import build_fabric, train_step
+
+    fabric = build_fabric(missing[0][0], device, 1)
+    for number, (plan, step, run) in enumerate(missing, start=1):
+        name = plan.recipe.preset or PLAN_ITSELF
+        note(f"[{number}/{len(missing)}] {run.name}, step {step}" + (f", {name}" if step else ""))
+        train_step(plan, step, run, fabric=fabric, report=note)
+
+
+def _descriptions(presets: Sequence[str]) -> dict[str, str]:
+    from cl4wsis.presets import preset_name, shipped_presets
+
+    shipped = shipped_presets()
+    texts = {}
+    for preset in presets:
+        label = PLAN_ITSELF if preset == PLAN_ITSELF else preset_name(preset)
+        texts[label] = "the plan's own recipe." if preset == PLAN_ITSELF else shipped.get(preset, f"from {preset}.")
+    return texts
+
+
+def _print_tables(plan: "Plan", summaries: "Sequence[Summary]") -> None:
+    from cl4wsis.cli.console import print_table
+    from cl4wsis.comparison import PUBLISHED_COLUMNS, columns_of, published_rows, row_of
+    from cl4wsis.published import published_for
+
+    last = plan.num_steps - 1
+    columns = columns_of(last)
+    rows = [row_of(summary) for summary in summaries if summary.step == last]
+    print_table(f"{plan.name} after step {last}, percent", [columns[0], *(f"{c}#" for c in columns[1:])], rows)
+    published = published_for(plan)
+    if published is not None:
+        names = [PUBLISHED_COLUMNS[0], *(f"{c}#" for c in PUBLISHED_COLUMNS[1:])]
+        title = f"Beside the publication: {published.data}, old / new / all"
+        print_table(title, names, published_rows(plan, summaries, published, last))
