@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,11 @@ class StepHeads(nn.ModuleList):
     def __init__(self, in_channels: int, channel_counts: Sequence[int]) -> None:
         super().__init__(nn.Conv2d(in_channels, count, 1) for count in channel_counts)
 
+    @property
+    def convolutions(self) -> list[nn.Conv2d]:
+        """The convolutions, in the order of the steps."""
+        return cast("list[nn.Conv2d]", list(self))
+
     def init_constant(self, bias: float, weight: float | None = None) -> None:
         """Set every bias to a value, and every weight too where one is given."""
         for name, parameter in self.named_parameters():
@@ -37,9 +43,12 @@ class StepHeads(nn.ModuleList):
 
         Source: MiB (CVPR 2020), section 3.2, classifier initialisation.
         """
-        weight, bias = self[0].weight[0].clone(), self[0].bias[0] - math.log(self[-1].out_channels + 1)
-        self[-1].weight[:], self[-1].bias[:] = weight, bias
-        self[0].bias[0] = bias
+        first, last = self.convolutions[0], self.convolutions[-1]
+        assert first.bias is not None
+        assert last.bias is not None
+        bias = first.bias[0] - math.log(last.out_channels + 1)
+        last.weight[:], last.bias[:] = first.weight[0].clone(), bias
+        first.bias[0] = bias
 
     @torch.no_grad()
     def init_from_mean(self, first: int) -> None:
@@ -48,9 +57,9 @@ class StepHeads(nn.ModuleList):
         Args:
             first: channel from which on earlier channels are classes; 1 leaves out background.
         """
-        earlier = list(self)[:-1]
-        self[-1].weight[:] = torch.cat([head.weight for head in earlier])[first:].mean(dim=0)
-        self[-1].bias[:] = torch.cat([head.bias for head in earlier])[first:].mean()
+        *earlier, last = self.convolutions
+        for name, values in last.named_parameters():
+            values[:] = torch.cat([head.get_parameter(name) for head in earlier])[first:].mean(dim=0)
 
     def forward(self, features: Tensor) -> Tensor:
         """Return (B, sum of channel_counts, h, w) from (B, in_channels, h, w)."""

@@ -234,8 +234,8 @@ class InstanceSegmenter(nn.Module):
         classifier, center_head = self.semantic_branch.classifier, self.instance_branch.center_head
         if self.settings.new_class_init == "background":
             classifier.init_from_background()
-            nn.init.zeros_(center_head[-1].weight)
-            nn.init.zeros_(center_head[-1].bias)
+            for parameter in center_head.convolutions[-1].parameters():
+                nn.init.zeros_(parameter)
         elif self.settings.new_class_init == "old_mean":
             classifier.init_from_mean(first=1)
             center_head.init_from_mean(first=0)

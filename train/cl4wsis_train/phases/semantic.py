@@ -133,7 +133,7 @@ class SemanticPhase(Phase):
             margins.append(margin[margin > 0].cpu())
         found = torch.cat(margins).double().numpy()
         drop = float(np.quantile(found, share)) if len(found) else 0.0
-        self.network.semantic_branch.classifier[-1].bias -= drop
+        self.network.semantic_branch.classifier.convolutions[-1].get_parameter("bias").sub_(drop)
         return drop
 
     def _run_encoders(self, batch: Batch) -> tuple[list[Tensor], list[Tensor]]:
