@@ -12,9 +12,8 @@ from cl4wsis.cli.options import ConfigOption, JsonOption, MethodOption, PresetOp
 
 if TYPE_CHECKING:
     from cl4wsis.bundle import Manifest
+    from cl4wsis.cli.derive import EngineOptions
     from cl4wsis.steps import StepInfo
-
-_RTX_COMPUTE_CAPABILITIES = ["8.0", "8.6", "8.9", "12.0"]
 
 
 class PrecisionOption(StrEnum):
@@ -26,11 +25,25 @@ class PrecisionOption(StrEnum):
 
 
 class ExportFormat(StrEnum):
-    """What a bundle holds beside the ONNX graph."""
+    """What a bundle holds beside the ONNX graph, or what is made out of a bundle."""
 
     ONNX = "onnx"
     TENSORRT = "trt"
     TENSORRT_RTX = "trt-rtx"
+    TRITON = "triton"
+    OPENVINO = "openvino"
+
+
+class HardwareOption(StrEnum):
+    """On which other GPUs a TensorRT engine shall run."""
+
+    NONE = "none"
+    SAME_COMPUTE_CAPABILITY = "same-compute-capability"
+    AMPERE_PLUS = "ampere-plus"
+
+
+_ENGINES = (ExportFormat.TENSORRT, ExportFormat.TENSORRT_RTX)
+_FOLDERS = (ExportFormat.TRITON, ExportFormat.OPENVINO)
 
 
 def export(
@@ -39,20 +52,82 @@ def export(
     run: RunOption = None,
     preset: PresetOption = None,
     method: MethodOption = None,
+    source: Annotated[
+        Path | None,
+        typer.Option(
+            "--from",
+            help="Bundle folder or .onnx file to start from instead of a trained step; needs no torch.",
+            show_default=False,
+        ),
+    ] = None,
     out: Annotated[
-        Path | None, typer.Option("--out", "-o", help="Bundle folder; <run>/<plan>-step<t>.cl4wsis when not given.")
+        Path | None,
+        typer.Option(
+            "--out",
+            "-o",
+            help="Bundle folder; <run>/<plan>-step<t>.cl4wsis when not given. With triton or openvino: folder for "
+            "them, beside the bundle when not given.",
+        ),
     ] = None,
     format: Annotated[
         ExportFormat,
-        typer.Option("--format", "-f", help="onnx runs everywhere; trt-rtx adds engines, built without a GPU."),
+        typer.Option(
+            "--format",
+            "-f",
+            help="onnx runs everywhere; trt adds engines for the GPU of this machine, trt-rtx engines built without a "
+            "GPU; triton writes a model repository, openvino OpenVINO's own format.",
+        ),
     ] = ExportFormat.ONNX,
+    precision: Annotated[
+        list[PrecisionOption] | None,
+        typer.Option(
+            "--precision",
+            help="Arithmetic of a graph to write (fp32 is always there), or with --from of the graphs to use. "
+            "Repeatable.",
+        ),
+    ] = None,
     compute_capability: Annotated[
         list[str] | None,
         typer.Option("--compute-capability", help="With trt-rtx: a GPU to build for, e.g. 8.6. Repeatable."),
     ] = None,
-    precision: Annotated[
-        list[PrecisionOption] | None,
-        typer.Option("--precision", help="Arithmetic of a graph to write: fp32 is always there. Repeatable."),
+    opt_batch: Annotated[
+        int | None, typer.Option("--opt-batch", min=1, help="Engines: batch to be fastest at; 1 when not given.")
+    ] = None,
+    max_batch: Annotated[
+        int | None, typer.Option("--max-batch", min=1, help="Engines: largest batch; 8 when not given.")
+    ] = None,
+    workspace: Annotated[
+        int | None, typer.Option("--workspace", min=1, help="Engines: limit of the memory of one layer, MiB.")
+    ] = None,
+    hardware_level: Annotated[
+        HardwareOption | None,
+        typer.Option("--hardware-level", help="With trt: on which other GPUs the engine shall run, more slowly."),
+    ] = None,
+    version_compatible: Annotated[
+        bool, typer.Option("--version-compatible", help="With trt: let later versions of TensorRT load the engine.")
+    ] = False,
+    refittable: Annotated[
+        bool,
+        typer.Option("--refittable", help="Engines: let weights of another checkpoint of this step be put in later."),
+    ] = False,
+    refit_from: Annotated[
+        Path | None,
+        typer.Option(
+            "--refit-from",
+            help="Take the refittable engine of this bundle and give it the new weights, without a build.",
+            show_default=False,
+        ),
+    ] = None,
+    engine_cache: Annotated[
+        bool, typer.Option("--engine-cache", help="Put engines into the user's cache folder, not into the bundle.")
+    ] = False,
+    engine: Annotated[
+        Path | None,
+        typer.Option(
+            "--engine",
+            help="With triton and --from: serve this TensorRT engine of the bundle, not the graph.",
+            show_default=False,
+        ),
     ] = None,
     settings: Annotated[
         list[str] | None,
@@ -63,43 +138,128 @@ def export(
     """Export a trained step with its post-processing as one ONNX graph, checked against the network it came from."""
     from cl4wsis.bundle import open_bundle
     from cl4wsis.cli.console import note, print_json
-    from cl4wsis.errors import BackendError, require
+    from cl4wsis.cli.derive import EngineOptions
+    from cl4wsis.errors import require
     from cl4wsis.steps import read_step
     from cl4wsis.tasks import load_plan
 
-    if compute_capability and format is not ExportFormat.TENSORRT_RTX:
-        raise typer.BadParameter("--compute-capability belongs to --format trt-rtx")
+    options = EngineOptions(
+        compute_capability,
+        opt_batch,
+        max_batch,
+        workspace,
+        None if hardware_level is None else hardware_level.value,
+        version_compatible,
+        refittable,
+        refit_from,
+        engine_cache,
+    )
+    _check_options(format, options, source, step, settings)
+    if engine is not None and (format is not ExportFormat.TRITON or source is None):
+        raise typer.BadParameter("--engine belongs to --format triton with --from")
+    if source is not None:
+        _show_progress()
+        _print_derived(source, _derive(source, format, out, precision, options, engine), as_json)
+        return
     plan = load_plan(config, [f"recipe.method={method}"] if method else [], preset)
     run = run or Path("runs") / plan.name
     folder = _find_step(run, step, plan.recipe.variant)
     info = read_step(folder)
     require("export")
     require("cpu")
-    if format is ExportFormat.TENSORRT:
-        from cl4wsis_export.tensorrt import explain_tensorrt
-
-        raise BackendError(explain_tensorrt(info.input.size))
+    _check_target(format, options, info)
     from cl4wsis_export import export_step, spec_for_step
 
     overrides = list(settings or [])
-    if format is ExportFormat.TENSORRT_RTX:
-        chosen = compute_capability or _RTX_COMPUTE_CAPABILITIES
-        overrides.append(f"compute_capabilities={chosen!r}")
     if precision:
         overrides.append(f"precisions={_precisions(precision)!r}")
     spec = spec_for_step(info, overrides)
-    destination = out or folder.parent / f"{info.plan.name}-step{info.step}.cl4wsis"
+    default = folder.parent / f"{info.plan.name}-step{info.step}.cl4wsis"
+    destination = default if out is None or format in _FOLDERS else out
     note(f"exporting {folder} to {destination}")
     _show_progress()
     lower = set(spec.precisions) - {"float32"}
     images = _evaluation_images(info, max(spec.verification_images, spec.precision_images if lower else 0))
     calibration = _calibration_images(info, spec.calibration_images, spec.seed) if "int8" in lower else None
     path = export_step(folder, destination, spec, images, calibration)
+    derived = [] if format is ExportFormat.ONNX else _derive(path, format, out, precision, options)
     manifest = open_bundle(path).manifest
     if as_json:
-        print_json({"bundle": str(path), **manifest.model_dump(mode="json", exclude={"training", "accuracy"})})
+        written = {"written": derived} if format in _FOLDERS else {}
+        print_json(
+            {"bundle": str(path), **written, **manifest.model_dump(mode="json", exclude={"training", "accuracy"})}
+        )
     else:
-        _print_result(path, manifest)
+        _print_result(path, manifest, derived if format in _FOLDERS else [])
+
+
+def _check_options(
+    format: ExportFormat,
+    options: "EngineOptions",
+    source: Path | None,
+    step: int | None,
+    settings: list[str] | None,
+) -> None:
+    """Refuse options that would have no effect."""
+    if options.compute_capability and format is not ExportFormat.TENSORRT_RTX:
+        raise typer.BadParameter("--compute-capability belongs to --format trt-rtx")
+    if (options.hardware_level or options.version_compatible) and format is not ExportFormat.TENSORRT:
+        raise typer.BadParameter("--hardware-level and --version-compatible belong to --format trt")
+    if options.given() and format not in _ENGINES:
+        raise typer.BadParameter(f"{', '.join(options.given())} belongs to --format trt or trt-rtx")
+    if source is not None and format is ExportFormat.ONNX:
+        raise typer.BadParameter(
+            "--from needs --format trt, trt-rtx, triton or openvino: a bundle holds its ONNX graphs"
+        )
+    if source is not None and (step is not None or settings):
+        raise typer.BadParameter("--step and --set belong to an export of a trained step, not to --from")
+
+
+def _check_target(format: ExportFormat, options: "EngineOptions", info: "StepInfo") -> None:
+    """Find out what is missing for a format before the long work of the export."""
+    from cl4wsis.cli.derive import engine_spec
+    from cl4wsis.errors import require
+
+    if format is ExportFormat.TENSORRT:
+        from cl4wsis_export.tensorrt import require_tensorrt
+
+        require_tensorrt(info.input.size, engine_spec(options, is_rtx=False))
+    elif format is ExportFormat.TENSORRT_RTX:
+        from cl4wsis_export.engines import check_capabilities
+
+        check_capabilities(engine_spec(options, is_rtx=True).compute_capabilities)
+    elif format is ExportFormat.OPENVINO:
+        require("openvino")
+
+
+def _derive(
+    bundle: Path,
+    format: ExportFormat,
+    out: Path | None,
+    precision: Sequence[PrecisionOption] | None,
+    options: "EngineOptions",
+    engine: Path | None = None,
+) -> list[str]:
+    """Make something out of a bundle, and return the paths of what was written."""
+    from cl4wsis.cli import derive
+
+    precisions: Any = _precisions(precision) if precision else [derive.default_precision(bundle)]
+    if format in _ENGINES:
+        return derive.add_engines(bundle, format is ExportFormat.TENSORRT_RTX, precisions, options)
+    if len(precisions) > 1:
+        raise typer.BadParameter(f"--format {format.value} takes one --precision")
+    if format is ExportFormat.TRITON:
+        return derive.write_triton(bundle, out, precisions[0], engine)
+    return derive.write_openvino(bundle, out, precisions[0])
+
+
+def _print_derived(source: Path, written: list[str], as_json: bool) -> None:
+    from cl4wsis.cli.console import print_fields, print_json
+
+    if as_json:
+        print_json({"bundle": str(source), "written": written})
+    else:
+        print_fields(str(source), [("written", path) for path in written])
 
 
 def _find_step(run: Path, step: int | None, variant: str) -> Path:
@@ -161,7 +321,7 @@ def _show_progress() -> None:
     logger.propagate = False
 
 
-def _print_result(path: Path, manifest: "Manifest") -> None:
+def _print_result(path: Path, manifest: "Manifest", written: Sequence[str]) -> None:
     from cl4wsis.cli.console import print_fields
 
     check = manifest.verification
@@ -174,6 +334,7 @@ def _print_result(path: Path, manifest: "Manifest") -> None:
         ("size", f"{size / 1e6:.1f} MB"),
         ("graphs", _describe_variants(path, manifest)),
         ("engines", ", ".join(engine.file for engine in manifest.engines) or None),
+        *(("written", folder) for folder in written),
     ]
     if check is not None:
         fields += [

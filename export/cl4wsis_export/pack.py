@@ -5,7 +5,6 @@ import logging
 import platform
 from collections.abc import Sequence
 from datetime import UTC, datetime
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -30,10 +29,11 @@ from cl4wsis.bundle import (
 from cl4wsis.checks import DEFAULT_LIMITS
 from cl4wsis.steps import StepInfo
 from cl4wsis_export.borders import grouping_tail, network_graph
+from cl4wsis_export.engines import EngineSpec
 from cl4wsis_export.fused import INPUT_NAME, MAP_NAMES, FusedSegmenter
 from cl4wsis_export.graph import BATCH, build_graph, serialize
 from cl4wsis_export.passes import count_operators
-from cl4wsis_export.rtx import build_rtx_engine, rtx_version
+from cl4wsis_export.rtx import build_rtx_engines, rtx_version
 from cl4wsis_export.spec import ExportSpec
 from cl4wsis_export.variants import GraphPair, float_pair, lower_pair
 from cl4wsis_export.verify import (
@@ -97,7 +97,8 @@ def export_network(
     """Export a network that is loaded already; see :func:`export_step`."""
     grouping = spec.grouping or info.plan.recipe.grouping
     segmenter = FusedSegmenter(network.eval(), grouping, info.input.size, spec.region_rounds).eval()
-    runtime = rtx_version() if spec.compute_capabilities else ""  # fails before the long work does
+    if spec.compute_capabilities:
+        rtx_version()  # fails before the long work does
     logger.info("exporting step %d of plan %s at %dx%d px", info.step, info.plan.name, *info.input.size)
     model = build_graph(segmenter, spec.opset)
     manifest = _describe(info, spec, segmenter, model)
@@ -112,7 +113,11 @@ def export_network(
     pairs = [pair, *_lower_pairs(model, manifest, pair, info, spec, images, calibration)]
     for written in pairs:
         files.update(written.files())
-    engines = _engines(pair.graph_content, info, spec, runtime, files)
+    engines: tuple[EngineInfo, ...] = ()
+    if spec.compute_capabilities:
+        settings = EngineSpec(max_batch=spec.engine_max_batch, compute_capabilities=spec.compute_capabilities)
+        engines, contents = build_rtx_engines(((pair.graph, pair.graph_content) for pair in pairs), settings)
+        files.update(contents)
     known = {
         "verification": verification,
         "golden": cases,
@@ -237,24 +242,6 @@ def _golden_files(
         files[case.outputs] = buffer.getvalue()
         cases.append(case)
     return tuple(cases), files
-
-
-def _engines(
-    graph: bytes, info: StepInfo, spec: ExportSpec, runtime: str, files: dict[str, bytes]
-) -> tuple[EngineInfo, ...]:
-    """Build the engines that were asked for, one file for all GPUs, and add it to the files."""
-    if not spec.compute_capabilities:
-        return ()
-    logger.info("building a TensorRT-RTX engine for compute capability %s", ", ".join(spec.compute_capabilities))
-    engine = EngineInfo(
-        file=f"engines/tensorrt-rtx-sm{'-'.join(cc.replace('.', '') for cc in spec.compute_capabilities)}.engine",
-        runtime=f"tensorrt-rtx {runtime}",
-        compute_capabilities=spec.compute_capabilities,
-        max_batch=spec.engine_max_batch,
-        graph_sha256=sha256(graph).hexdigest(),
-    )
-    files[engine.file] = build_rtx_engine(graph, info.input.size, spec.compute_capabilities, spec.engine_max_batch)
-    return (engine,)
 
 
 def _card(manifest: Manifest, check: Verification) -> str:

@@ -1,16 +1,16 @@
-"""TensorRT-RTX engines, built ahead of time on the CPU: no GPU is needed here, one runs the result.
+"""TensorRT-RTX engines within an export: built ahead of time on the CPU, before the bundle is written."""
 
-The graph is typed as it stands, so the build is strongly typed. No timing cache is given: it would ask for a GPU.
-"""
+import logging
+from collections.abc import Iterable
+from hashlib import sha256
 
-import re
-from collections.abc import Sequence
-from typing import Any
+from cl4wsis.bundle import EngineInfo, VariantInfo
+from cl4wsis.engines import Machine, name_engine, platform_name, trust_engine
+from cl4wsis_export.engines import TENSORRT_RTX, EngineSpec, build_engine, describe_engine, load_library
 
-from cl4wsis.errors import BackendError, ConfigError, require
+logger = logging.getLogger(__name__)
 
 DEFAULT_COMPUTE_CAPABILITIES = ("8.0", "8.6", "8.9", "12.0")
-DEFAULT_MAX_BATCH = 8
 
 
 def rtx_version() -> str:
@@ -20,94 +20,39 @@ def rtx_version() -> str:
         MissingExtraError: it is not installed.
         BackendError: it is installed but cannot be loaded.
     """
-    version: str = _import_rtx().__version__
+    version: str = load_library(TENSORRT_RTX).__version__
     return version
 
 
-def build_rtx_engine(
-    graph: bytes,
-    input_size: tuple[int, int],
-    compute_capabilities: Sequence[str] = DEFAULT_COMPUTE_CAPABILITIES,
-    max_batch: int = DEFAULT_MAX_BATCH,
-) -> bytes:
-    """Build an engine from an exported graph.
+def build_rtx_engines(
+    graphs: Iterable[tuple[VariantInfo, bytes]], spec: EngineSpec
+) -> tuple[tuple[EngineInfo, ...], dict[str, bytes]]:
+    """Build one engine per graph, each for all compute capabilities; this user will trust them.
 
     Args:
-        graph: contents of ``model.onnx``.
-        input_size: (height, width) of the network input, px.
-        compute_capabilities: GPUs it shall run on, such as ``8.6``.
-        max_batch: largest batch it shall accept; the smallest is 1.
+        graphs: descriptions and contents of graphs that hold their weights themselves.
+        spec: settings of the build.
 
     Returns:
-        The engine's bytes.
+        Descriptions of the engines, and their contents by path within the bundle.
 
     Raises:
         ConfigError: TensorRT-RTX knows no such compute capability.
         MissingExtraError: TensorRT-RTX is not installed.
-        BackendError: TensorRT-RTX cannot be loaded, or does not accept the graph; the message holds what it said.
+        BackendError: TensorRT-RTX cannot be loaded, does not accept a graph, or did not honour its precision.
     """
-    trt = _import_rtx()
-    log = _Log(trt)
-    builder = trt.Builder(log.logger)
-    network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
-    parser = trt.OnnxParser(network, log.logger)
-    if not parser.parse(graph):
-        errors = "; ".join(str(parser.get_error(i).desc()) for i in range(parser.num_errors))
-        raise BackendError(f"TensorRT-RTX {trt.__version__} cannot read the graph: {errors}")
-    config = builder.create_builder_config()
-    _target(trt, config, compute_capabilities)
-    profile = builder.create_optimization_profile()
-    frame = (*input_size, 3)
-    profile.set_shape(network.get_input(0).name, (1, *frame), (1, *frame), (max_batch, *frame))
-    config.add_optimization_profile(profile)
-    engine = builder.build_serialized_network(network, config)
-    if engine is None:
-        raise BackendError(
-            f"TensorRT-RTX {trt.__version__} built no engine: {log.last_error}; the ONNX bundle runs without it"
-        )
-    return bytes(engine)
-
-
-class _Log:
-    """A logger that keeps what went wrong for the error message."""
-
-    def __init__(self, trt: Any) -> None:
-        log = self
-
-        class Logger(trt.ILogger):  # type: ignore[misc]
-            def __init__(self) -> None:
-                trt.ILogger.__init__(self)
-
-            def log(self, severity: Any, message: str) -> None:
-                if severity in (trt.ILogger.Severity.INTERNAL_ERROR, trt.ILogger.Severity.ERROR):
-                    log.last_error = message
-
-        self.last_error = "no reason was given"
-        self.logger = Logger()
-
-
-def _import_rtx() -> Any:
-    require("trt-rtx")
-    try:
-        import tensorrt_rtx
-    except (ImportError, OSError) as error:
-        raise BackendError(f"TensorRT-RTX is installed but cannot be loaded: {error}") from error
-    return tensorrt_rtx
-
-
-def _target(trt: Any, config: Any, compute_capabilities: Sequence[str]) -> None:
-    known = {
-        f"{match[1]}.{match[2]}": value
-        for name, value in trt.ComputeCapability.__members__.items()
-        if (match := re.fullmatch(r"SM(\d+)(\d)", name))
-    }
-    unknown = [wanted for wanted in compute_capabilities if wanted not in known]
-    if unknown or not compute_capabilities:
-        raise ConfigError(
-            f"--compute-capability {' '.join(unknown)}: TensorRT-RTX {trt.__version__} builds for "
-            f"{', '.join(sorted(known, key=float))}; for other GPUs use the ONNX bundle"
-        )
-    config.num_compute_capabilities = len(compute_capabilities)
-    for index, wanted in enumerate(compute_capabilities):
-        if not config.set_compute_capability(known[wanted], index):
-            raise BackendError(f"TensorRT-RTX {trt.__version__} refuses to build for compute capability {wanted}")
+    trt = load_library(TENSORRT_RTX)
+    machine = Machine(None, None, None, platform_name())
+    infos, files = [], {}
+    for variant, content in graphs:
+        capabilities = ", ".join(spec.compute_capabilities)
+        logger.info("building a TensorRT-RTX engine of %s for compute capability %s", variant.file, capabilities)
+        info = describe_engine(TENSORRT_RTX, trt, sha256(content).hexdigest(), spec, machine)
+        built = build_engine(TENSORRT_RTX, trt, content, spec, variant.types)
+        digest = sha256(built.content).hexdigest()
+        named = info.model_copy(update={"types": built.types})
+        named = named.model_copy(update={"file": f"engines/{name_engine(named, digest)}"})
+        trust_engine(digest)
+        infos.append(named)
+        files[named.file] = built.content
+    return tuple(infos), files

@@ -89,7 +89,7 @@ def test_tensorrt_names_what_is_missing(run: Path) -> None:
     if torch.cuda.is_available() and importlib.util.find_spec("tensorrt") is not None:
         pytest.skip("nothing is missing on this machine")
     answer = call("--run", run, "--format", "trt")
-    missing = "tensorrt is not installed" if importlib.util.find_spec("tensorrt") is None else "no NVIDIA GPU is usable"
+    missing = "tensorrt is not installed" if importlib.util.find_spec("tensorrt") is None else "none is usable"
     assert missing in str(answer.exception)
 
 

@@ -1,0 +1,242 @@
+"""A model repository for the Triton Inference Server: one model, one folder per step, no ensemble and no Python.
+
+    <repository>/<name>/config.pbtxt
+    <repository>/<name>/labels.txt
+    <repository>/<name>/<step + 1>/model.onnx   (or model.plan)
+    <repository>/<name>/warmup/...              golden inputs, raw
+
+Triton's versions are positive numbers, so a step is served as version step + 1; the server keeps the newest two.
+"""
+
+import json
+import shutil
+import uuid
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from cl4wsis.bundle import LABELS_FILE, Bundle, TensorInfo, VariantInfo
+from cl4wsis.engines import FoundEngine
+from cl4wsis.errors import BundleError
+from cl4wsis.images import read_image
+
+CONFIG_FILE = "config.pbtxt"
+WARMUP_FOLDER = "warmup"
+MAX_BATCH = 8
+_TYPES = {"uint8": "TYPE_UINT8", "int32": "TYPE_INT32", "float32": "TYPE_FP32"}
+_MAX_QUEUE_DELAY_US = 2000
+_VERSIONS_KEPT = 2
+
+
+def write_repository(
+    bundle: Bundle,
+    variant: VariantInfo,
+    repository: Path,
+    engine: FoundEngine | None = None,
+    max_batch: int = MAX_BATCH,
+) -> Path:
+    """Add a graph or an engine to a model repository.
+
+    Versions of other steps of the same model stay. A server that watches the folder sees the new version complete, and
+    the new configuration or the old one, never half of a file.
+
+    Args:
+        bundle: an opened bundle.
+        variant: graph to serve.
+        repository: folder of the repository; made if it is not there.
+        engine: TensorRT engine of that graph to serve instead; it must be one that runs on the server.
+        max_batch: largest batch the server puts together; that of the engine if one is given.
+
+    Returns:
+        Folder of the model.
+
+    Raises:
+        BundleError: the folder cannot be written, or holds another model of this name.
+        BackendError: the engine is damaged.
+    """
+    manifest = bundle.manifest
+    name = model_name(bundle)
+    _check_engine(engine)
+    folder = repository / name
+    version = folder / str(manifest.step + 1)
+    batch = max_batch if engine is None else engine.info.max_batch
+    files = _model_files(bundle, variant, engine)
+    warmup = _warmup_files(bundle)
+    labels = "".join(f"{info.name}\n" for info in manifest.classes)
+    outputs = manifest.outputs if variant.post == "graph" else manifest.maps
+    config = render_config(
+        name,
+        "onnxruntime_onnx" if engine is None else "tensorrt_plan",
+        batch,
+        manifest.inputs,
+        outputs,
+        [info.name for info in manifest.classes],
+        [f"{manifest.step}-{path.removesuffix('.raw')}" for path in warmup],
+    )
+    _check_inputs_agree(folder, config)
+    try:
+        (folder / WARMUP_FOLDER).mkdir(parents=True, exist_ok=True)
+        for file, content in warmup.items():
+            _write(folder / WARMUP_FOLDER / f"{manifest.step}-{file}", content)
+        _write(folder / LABELS_FILE, labels.encode())
+        _write_version(version, files)
+        _write(folder / CONFIG_FILE, config.encode())
+    except OSError as error:
+        raise BundleError(f"{folder}: cannot be written: {error.strerror or error}") from error
+    return folder
+
+
+def model_name(bundle: Bundle) -> str:
+    """Return the name under which a server offers the model: that of the plan, as steps are versions of one model."""
+    return "".join(letter if letter.isalnum() or letter in "-_" else "_" for letter in bundle.manifest.plan)
+
+
+def render_config(
+    name: str,
+    platform: str,
+    max_batch: int,
+    inputs: Sequence[TensorInfo],
+    outputs: Sequence[TensorInfo],
+    class_names: Sequence[str],
+    warmup: Sequence[str],
+) -> str:
+    """Write the configuration of a model as Triton reads it, the text form of its ``ModelConfig`` message.
+
+    Args:
+        name: of the model, which is that of its folder.
+        platform: ``onnxruntime_onnx`` or ``tensorrt_plan``.
+        max_batch: largest batch.
+        inputs: of the graph; the first axis is the batch and is left out, as Triton wants it.
+        outputs: likewise.
+        class_names: in label order; clients find them as the parameter ``class_names``, a JSON list.
+        warmup: names of files in ``warmup/``, one image each, run at every batch size before the model is ready.
+    """
+    preferred = [size for size in (2, 4, 8, 16, 32) if size <= max_batch]
+    lines = [f"name: {_quote(name)}", f"platform: {_quote(platform)}", f"max_batch_size: {max_batch}"]
+    lines += [line for tensor in inputs for line in _tensor("input", tensor)]
+    lines += [line for tensor in outputs for line in _tensor("output", tensor)]
+    lines += [
+        f"version_policy {{ latest {{ num_versions: {_VERSIONS_KEPT} }} }}",
+        "dynamic_batching {",
+        *([f"  preferred_batch_size: [ {', '.join(map(str, preferred))} ]"] if preferred else []),
+        f"  max_queue_delay_microseconds: {_MAX_QUEUE_DELAY_US}",
+        "}",
+        "parameters {",
+        '  key: "class_names"',
+        f"  value {{ string_value: {_quote(json.dumps(list(class_names), ensure_ascii=False))} }}",
+        "}",
+    ]
+    for file in warmup:
+        for batch in sorted({1, *preferred, max_batch}):
+            lines += _warmup(file, batch, inputs[0])
+    return "\n".join(lines) + "\n"
+
+
+def _tensor(kind: str, tensor: TensorInfo) -> list[str]:
+    return [
+        f"{kind} {{",
+        f"  name: {_quote(tensor.name)}",
+        f"  data_type: {_TYPES[tensor.dtype]}",
+        f"  dims: [ {_dims(tensor)} ]",
+        "}",
+    ]
+
+
+def _warmup(file: str, batch: int, image: TensorInfo) -> list[str]:
+    return [
+        "model_warmup {",
+        f"  name: {_quote(f'{file}, batch {batch}')}",
+        f"  batch_size: {batch}",
+        "  inputs {",
+        f"    key: {_quote(image.name)}",
+        "    value {",
+        f"      data_type: {_TYPES[image.dtype]}",
+        f"      dims: [ {_dims(image)} ]",
+        f"      input_data_file: {_quote(f'{file}.raw')}",
+        "    }",
+        "  }",
+        "}",
+    ]
+
+
+def _dims(tensor: TensorInfo) -> str:
+    return ", ".join(str(side) if isinstance(side, int) else "-1" for side in tensor.shape[1:])
+
+
+def _quote(text: str) -> str:
+    escaped = text.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
+    return f'"{escaped}"'
+
+
+def _model_files(bundle: Bundle, variant: VariantInfo, engine: FoundEngine | None) -> dict[str, bytes]:
+    """Return the files of a version; a graph keeps the name of its weights file, by which it refers to it."""
+    if engine is not None:
+        return {"model.plan": engine.read()}
+    path = bundle.path_of(variant)
+    if variant.weights_file is None:
+        return {"model.onnx": path.read_bytes()}
+    if variant.weights_file == "model.onnx":
+        raise BundleError(
+            f"{path}: keeps its weights in a file of the name that Triton gives the graph; serve the graph with "
+            "post=graph"
+        )
+    return {"model.onnx": path.read_bytes(), variant.weights_file: (path.parent / variant.weights_file).read_bytes()}
+
+
+def _check_engine(engine: FoundEngine | None) -> None:
+    if engine is not None and not engine.info.runtime.startswith("tensorrt "):
+        raise BundleError(
+            f"{engine.path}: is an engine of {engine.info.runtime}, and Triton runs those of TensorRT alone; serve the "
+            "graph, or build one with --format trt"
+        )
+
+
+def _warmup_files(bundle: Bundle) -> dict[str, bytes]:
+    """Return the golden inputs as raw bytes (H, W, 3) uint8."""
+    if not bundle.path.is_dir():
+        return {}
+    images = [bundle.path / case.image for case in bundle.manifest.golden]
+    return {f"{image.stem}.raw": read_image(image).tobytes() for image in images}
+
+
+def _check_inputs_agree(folder: Path, config: str) -> None:
+    """Check that the versions of a model, which share one configuration, take and give the same tensors."""
+    path = folder / CONFIG_FILE
+    if not path.exists():
+        if folder.exists() and any(folder.iterdir()):
+            raise BundleError(f"{folder}: exists and is no Triton model; choose another folder with --out")
+        return
+    before, after = (_tensor_part(text) for text in (path.read_text(encoding="utf-8"), config))
+    if before != after:
+        raise BundleError(
+            f"{folder}: holds versions with other inputs, outputs or platform than this graph, and all versions share "
+            "one configuration; choose another folder with --out"
+        )
+
+
+def _tensor_part(config: str) -> str:
+    """Return what of a configuration concerns all versions: everything before the version policy but the batch size."""
+    return "".join(
+        line for line in config.partition("version_policy")[0].splitlines(True) if not line.startswith("max_batch_size")
+    )
+
+
+def _write_version(version: Path, files: Mapping[str, bytes]) -> None:
+    """Put a version in place as a whole; a server ignores folders whose names are no numbers."""
+    for leftover in version.parent.glob(f".{version.name}.*.tmp"):
+        shutil.rmtree(leftover, ignore_errors=True)
+    temporary = version.with_name(f".{version.name}.{uuid.uuid4().hex[:8]}.tmp")
+    temporary.mkdir()
+    try:
+        for name, content in files.items():
+            (temporary / name).write_bytes(content)
+        if version.exists():
+            shutil.rmtree(version)
+        temporary.rename(version)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _write(path: Path, content: bytes) -> None:
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_bytes(content)
+    temporary.replace(path)
