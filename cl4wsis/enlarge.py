@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 FloatMap = NDArray[np.float32]
 Box = tuple[slice, slice]
 
-_CHUNK_PIXELS = 1 << 16
-"""Fine pixels worked on at once, so that intermediate results stay in the cache."""
+_CHUNK_PIXELS = 1 << 17
+"""Fine pixels worked on at once, so that intermediate results take little memory and mostly stay in the cache."""
 _LEAST_TOTAL = 1e-30
 """Sums of exponentials below this have lost digits to the end of the float32 range."""
 
@@ -250,4 +250,4 @@ def _cut(tiles: NDArray[Any], scale: int) -> NDArray[Any]:
     rows, _, columns, _ = tiles.shape
     before = scale - scale // 2
     fine = tiles.reshape(rows * scale, columns * scale)
-    return fine[before : before + (rows - 1) * scale, before : before + (columns - 1) * scale]
+    return np.ascontiguousarray(fine[before : before + (rows - 1) * scale, before : before + (columns - 1) * scale])

@@ -274,7 +274,9 @@ def _find_regions(class_map: NDArray[Any], smallest: int) -> _Regions:
         found, part_ids, stats, _ = cv2.connectedComponentsWithStats(
             inside.view(np.uint8), connectivity=8, ltype=cv2.CV_32S
         )
-        np.add(part_ids, count, out=id_map[box], where=inside)
+        if count:
+            part_ids += inside * np.int32(count)
+        id_map[box] += part_ids  # boxes of classes overlap, classes do not
         classes.append(np.full(found - 1, value))
         all_stats.append(stats[1:] + np.array([box[1].start, box[0].start, 0, 0, 0], np.int32))
         count += found - 1
@@ -285,7 +287,7 @@ def _find_regions(class_map: NDArray[Any], smallest: int) -> _Regions:
 
 
 def _present_classes(class_map: NDArray[Any]) -> list[int]:
-    present: list[int] = np.flatnonzero(np.bincount(class_map.reshape(-1))).tolist()
+    present: list[int] = np.unique(find_runs(class_map).values).tolist()
     return [value for value in present if value > 0]
 
 
@@ -378,24 +380,21 @@ def _assign_pixels(regions: _Regions, centers: _Centers, offsets: EnlargedMap, s
     for region in shared.tolist():  # at most 127 regions share 255 centers
         left, top, width, height = regions.boxes[region].tolist()
         box = (slice(top, top + height), slice(left, left + width))
-        inside = regions.id_map[box] == region
-        target_y, target_x = _targets(offsets, box, inside, stride)
         choices = np.flatnonzero(centers.regions == region)
         center_y, center_x = np.divmod(centers.pixels[choices], id_map.shape[1])
-        nearest = nearest_center(target_y, target_x, center_y, center_x)
-        id_map[box][inside] = ids_of_centers[choices][nearest]
+        target_y, target_x = _targets(offsets, box, stride)
+        nearest = nearest_center(target_y.reshape(-1), target_x.reshape(-1), center_y, center_x)
+        # All of the box is assigned, and written where the region is: gathering its pixels would take longer.
+        ids = ids_of_centers[choices][nearest].reshape(height, width)
+        np.copyto(id_map[box], ids, where=regions.id_map[box] == region)
     return id_map
 
 
-def _targets(
-    offsets: EnlargedMap, box: tuple[slice, slice], inside: NDArray[np.bool_], stride: int
-) -> tuple[FloatMap, FloatMap]:
-    """Return where the pixels inside a region point, in pixels of the grid: (P,) rows and (P,) columns."""
+def _targets(offsets: EnlargedMap, box: tuple[slice, slice], stride: int) -> tuple[FloatMap, FloatMap]:
+    """Return where the pixels of a box point, in pixels of the grid: rows and columns, each of the box's size."""
     rows = np.arange(box[0].start, box[0].stop, dtype=np.float32)[:, None]
     columns = np.arange(box[1].start, box[1].stop, dtype=np.float32)
-    target_y = (offsets.crop(0, box) / np.float32(stride) + rows)[inside]
-    target_x = (offsets.crop(1, box) / np.float32(stride) + columns)[inside]
-    return target_y, target_x
+    return offsets.crop(0, box) / np.float32(stride) + rows, offsets.crop(1, box) / np.float32(stride) + columns
 
 
 def nearest_center(
