@@ -34,6 +34,10 @@ FORMATS = {"tensorrt": "trt", "tensorrt-rtx": "trt-rtx"}
 """How ``cl4wsis export --format`` spells a runtime."""
 
 
+class EngineMissingError(BackendError):
+    """No engine of the graph fits this machine; one can be built, and other backends need none."""
+
+
 @dataclass(frozen=True)
 class Machine:
     """What an engine depends on beside the runtime.
@@ -256,7 +260,7 @@ def find_engine(bundle: Bundle, variant: VariantInfo, runtime: str, version: str
         machine: this one.
 
     Raises:
-        BackendError: there is none; the message says what keeps each of those there are from being used.
+        EngineMissingError: there is none; the message says what keeps each of those there are from being used.
     """
     digest = graph_sha256(bundle, variant)
     reasons = []
@@ -272,7 +276,7 @@ def find_engine(bundle: Bundle, variant: VariantInfo, runtime: str, version: str
     if runtime == "tensorrt-rtx" and machine.compute_capability:
         command += f" --compute-capability {machine.compute_capability}"
     held = "; ".join(reasons) or f"none was built of its {variant.precision} graph with post={variant.post}"
-    raise BackendError(f"{bundle.path}: no {runtime} engine fits this machine: {held}; build one here: {command}")
+    raise EngineMissingError(f"{bundle.path}: no {runtime} engine fits this machine: {held}; build one here: {command}")
 
 
 def why_unfit(info: EngineInfo, version: str, machine: Machine) -> str | None:

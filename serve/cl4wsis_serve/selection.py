@@ -8,6 +8,7 @@ import logging
 from typing import Literal, NamedTuple
 
 from cl4wsis.bundle import Bundle, Post, Precision, VariantInfo
+from cl4wsis.engines import EngineMissingError
 from cl4wsis.errors import BackendError
 from cl4wsis_serve.backends import BACKENDS, device_of, open_backend, why_unavailable
 from cl4wsis_serve.backends.base import Backend, BackendRequest, Device
@@ -93,6 +94,8 @@ def _check_fallback(asked: str, failed: str, error: BackendError) -> None:
     """Raise when going on would answer from elsewhere than was asked for, or leave a GPU idle."""
     if asked == failed:
         raise error
+    if isinstance(error, EngineMissingError):
+        return  # nothing is broken: no engine was built, and the next backend takes the graph
     if device_of(failed) != "cpu":
         raise BackendError(
             f"{failed} is installed for the GPU of this machine but does not work: {error}; "

@@ -1,7 +1,6 @@
 """The ONNX Runtime backend: what it checks before it answers."""
 
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import onnx
@@ -87,17 +86,3 @@ def test_failing_run_says_what_to_do(model: Path) -> None:
     backend = OnnxRuntimeBackend(request_for(model, color_manifest()))
     with pytest.raises(BackendError, match="use a smaller batch size"):
         backend.run(np.zeros((1, 5, 5, 3), np.uint8))
-
-
-@pytest.mark.skipif(HAS_CUDA, reason="needs a build of onnxruntime without CUDA")
-def test_cuda_without_the_gpu_wheel_names_the_way_out(model: Path) -> None:
-    with pytest.raises(BackendError, match=r"pip install 'cl4wsis\[gpu\]'"):
-        OnnxRuntimeBackend(request_for(model, color_manifest(), "onnxruntime-cuda"))
-
-
-def test_silent_fallback_to_the_cpu_is_an_error(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    session = SimpleNamespace(get_providers=lambda: ["CPUExecutionProvider"])
-    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CUDAExecutionProvider"])
-    monkeypatch.setattr(onnxruntime, "InferenceSession", lambda *args, **kwargs: session)
-    with pytest.raises(BackendError, match="fell back to CPUExecutionProvider"):
-        OnnxRuntimeBackend(request_for(model, color_manifest(), "onnxruntime-cuda"))

@@ -23,7 +23,10 @@ class BackendEntry(NamedTuple):
 
 
 BACKENDS: dict[str, BackendEntry] = {
-    "onnxruntime-cuda": BackendEntry("cl4wsis_serve.backends.onnxruntime", "cuda"),
+    "tensorrt": BackendEntry("cl4wsis_serve.backends.tensorrt", "cuda"),
+    "tensorrt-rtx": BackendEntry("cl4wsis_serve.backends.tensorrt", "cuda"),
+    "onnxruntime-cuda": BackendEntry("cl4wsis_serve.backends.onnxruntime_gpu", "cuda"),
+    "onnxruntime-tensorrt": BackendEntry("cl4wsis_serve.backends.onnxruntime_gpu", "cuda"),
     "openvino": BackendEntry("cl4wsis_serve.backends.openvino", "cpu"),
     "onnxruntime": BackendEntry("cl4wsis_serve.backends.onnxruntime", "cpu"),
 }

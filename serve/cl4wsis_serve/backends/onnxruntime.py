@@ -1,4 +1,4 @@
-"""ONNX Runtime: the CPU of any machine, or an NVIDIA GPU through its CUDA provider."""
+"""ONNX Runtime on the CPU of any machine; :mod:`cl4wsis_serve.backends.onnxruntime_gpu` is for GPUs."""
 
 from typing import Any
 
@@ -17,8 +17,7 @@ from cl4wsis_serve.backends.base import (
     usable_cores,
 )
 
-_DEVICES: dict[str, Device] = {"onnxruntime": "cpu", "onnxruntime-cuda": "cuda"}
-_PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+_PROVIDER = "CPUExecutionProvider"
 _NUMPY_TYPES = {"tensor(uint8)": "uint8", "tensor(int32)": "int32", "tensor(float)": "float32"}
 
 
@@ -26,29 +25,20 @@ class OnnxRuntimeBackend:
     """A graph loaded into an ONNX Runtime session.
 
     Args:
-        request: names the graph; the backend's name says whether it runs on the CPU or with CUDA.
+        request: names the graph.
 
     Raises:
-        BackendError: onnxruntime is missing or cannot load the graph, the device is not there, or the graph is not
-            the one that the manifest describes.
+        BackendError: onnxruntime is missing or cannot load the graph, or the graph is not the one that the manifest
+            describes.
     """
 
+    name = "onnxruntime"
+    device: Device = "cpu"
+
     def __init__(self, request: BackendRequest) -> None:
-        self._device = _DEVICES[request.name]
-        self._name = request.name
         self._outputs = request.output_names
-        self._session = _open_session(request, self._device)
+        self._session = _open_session(request)
         check_graph(request, _tensors(self._session.get_inputs()), _tensors(self._session.get_outputs()))
-
-    @property
-    def name(self) -> str:
-        """``onnxruntime`` on the CPU, ``onnxruntime-cuda`` on a GPU."""
-        return self._name
-
-    @property
-    def device(self) -> Device:
-        """``cpu`` or ``cuda``."""
-        return self._device
 
     def run(self, images: NDArray[np.uint8]) -> Outputs:
         """Run the graph on (B, H, W, 3) uint8 images.
@@ -74,12 +64,9 @@ def open_backend(request: BackendRequest) -> Backend:
 def why_unavailable(name: str) -> str | None:
     """Say why this backend cannot be used here, or nothing when it can; loads onnxruntime if it is installed."""
     try:
-        runtime = _import_onnxruntime()
+        _import_onnxruntime()
     except BackendError as error:
         return str(error)
-    provider = _PROVIDERS[_DEVICES[name]]
-    if provider not in runtime.get_available_providers():
-        return _missing_provider(runtime, provider)
     return None
 
 
@@ -94,41 +81,21 @@ def _import_onnxruntime() -> Any:
     return onnxruntime
 
 
-def _open_session(request: BackendRequest, device: Device) -> Any:
+def _open_session(request: BackendRequest) -> Any:
     runtime = _import_onnxruntime()
-    provider = _PROVIDERS[device]
-    if provider not in runtime.get_available_providers():
-        raise BackendError(_missing_provider(runtime, provider))
     options = runtime.SessionOptions()
     options.log_severity_level = 4  # errors are raised, and what went wrong stands in them
     options.intra_op_num_threads = request.threads or usable_cores()
     # Workers that spin between operators take the cores from what reads, fits and groups images beside them.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    # TF32 has the mantissa of half precision; results would differ from those the export was checked with.
-    settings = [{"use_tf32": "0"}] if device == "cuda" else [{}]
     try:
-        session = runtime.InferenceSession(request.model, options, providers=[provider], provider_options=settings)
+        return runtime.InferenceSession(request.model, options, providers=[_PROVIDER])
     except Exception as error:  # onnxruntime has no public base class for its errors
         raise BackendError(
             f"{request.model}: onnxruntime {runtime.__version__} cannot load it: {first_line(error)}; "
             "update onnxruntime or export the step again"
         ) from error
-    active = session.get_providers()
-    if active[0] != provider:
-        raise BackendError(
-            f"asked for {provider}, but onnxruntime fell back to {active[0]}; "
-            "check the driver and CUDA libraries, or choose --backend onnxruntime to use the CPU"
-        )
-    return session
 
 
 def _tensors(values: Any) -> dict[str, tuple[str, list[int | str | None]]]:
     return {value.name: (_NUMPY_TYPES.get(value.type, value.type), value.shape) for value in values}
-
-
-def _missing_provider(runtime: Any, provider: str) -> str:
-    have = ", ".join(runtime.get_available_providers())
-    return (
-        f"the installed onnxruntime {runtime.__version__} has no {provider} (it has {have}); "
-        "on a machine with an NVIDIA GPU, run: pip uninstall onnxruntime && pip install 'cl4wsis[gpu]'"
-    )
