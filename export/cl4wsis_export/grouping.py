@@ -390,7 +390,7 @@ class StaticGrouping(nn.Module):
         """Deal (B, K) slots to lanes, each lane a run of successive slots: one (B, lanes, 1) per turn."""
         padded = F.pad(values, (0, turns * _LANES - self.num_slots), value=-_LABEL_SCALE)
         runs = padded.reshape(-1, _LANES, turns)
-        dealt = torch.stack([runs[:, run] for run in _LANE_ORDER], dim=1)
+        dealt = runs.index_select(1, torch.tensor(_LANE_ORDER, device=values.device))
         return [dealt[:, :, turn : turn + 1] for turn in range(turns)]
 
     def _enlarge(self, ids: Tensor, centers: _Centers, full_class_map: Tensor) -> tuple[Tensor, Tensor]:
