@@ -18,10 +18,12 @@ from numpy.typing import NDArray
 FloatMap = NDArray[np.float32]
 Box = tuple[slice, slice]
 
-_CHUNK_PIXELS = 1 << 17
-"""Fine pixels worked on at once, so that intermediate results take little memory and mostly stay in the cache."""
-_LEAST_TOTAL = 1e-30
-"""Sums of exponentials below this have lost digits to the end of the float32 range."""
+_CHUNK_VALUES = 1 << 17
+"""Numbers in an intermediate result, so that it takes little memory and mostly stays in the cache."""
+_STEEPEST = 80.0
+"""Logits this far below the largest still have exponentials with all digits of float32."""
+_SLACK = 1e-5
+"""Rounding, relative to the value, that is allowed for where a channel is left out."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,22 +100,14 @@ def argmax_channels(values: FloatMap) -> tuple[NDArray[Any], FloatMap]:
     Returns:
         The channel, (...) uint8 (uint16 for more than 256 channels), and its value.
     """
-    best = _Best(len(values), values[0])
-    for channel in range(1, len(values)):
-        best.update(channel, values[channel])
-    return best.channels, best.values
+    return _argmax(iter(values), len(values))
 
 
 def enlarged_argmax(values: FloatMap, scale: int) -> NDArray[Any]:
     """Return the largest channel of every pixel of the fine map; the lowest wins a tie: (C, h, w) -> (H, W)."""
     coarse = argmax_channels(values)[0]
     tiles, mixed = _uniform_tiles(coarse, scale)
-    for cells in _cells(mixed, coarse.shape, scale):
-        fine = cells.enlarged(values)
-        best = _Best(len(values), next(fine))
-        for channel, value in enumerate(fine, start=1):
-            best.update(channel, value)
-        cells.write(best.channels, tiles)
+    _fill_mixed_tiles(values, coarse, mixed, tiles)
     return _cut(tiles, scale)
 
 
@@ -128,60 +122,88 @@ def classify_enlarged(logits: FloatMap, scale: int) -> tuple[NDArray[Any], Float
         (H, W) largest channel, the lowest winning a tie, and (H, W) float32, its probability by the softmax over
         channels; 0 in cells of background alone.
     """
-    coarse = argmax_channels(logits)[0]
+    coarse, largest = argmax_channels(logits)
     tiles, mixed = _uniform_tiles(coarse, scale)
     probs = np.zeros(tiles.shape, np.float32)
     foreground = mixed | (tiles[:, 0, :, 0] != 0)
     # Shifting all channels of a pixel changes no probability, and keeps exponentials in range.
-    shifted = logits - logits.max(axis=0)
-    for cells in _cells(foreground, coarse.shape, scale):
-        channels, class_probs = _classify(cells, shifted)
-        cells.write(channels, tiles)
-        cells.write(class_probs, probs)
+    shifted = logits - largest
+    find_probs = _probs_by_steps if shifted.min() > -_STEEPEST else _probs_one_by_one
+    for cells in _cells(foreground, coarse.shape, scale, _CHUNK_VALUES // (len(logits) * scale)):
+        cells.write(find_probs(cells, shifted), probs)
+    _fill_mixed_tiles(logits, coarse, mixed, tiles)
     return _cut(tiles, scale), _cut(probs, scale)
 
 
-def _classify(cells: "_Cells", shifted: FloatMap) -> tuple[NDArray[Any], FloatMap]:
-    """Find the largest channel of every pixel and its probability, in one pass over the channels.
+def _fill_mixed_tiles(values: FloatMap, coarse: NDArray[Any], mixed: NDArray[np.bool_], tiles: NDArray[Any]) -> None:
+    """Write the largest channel of every pixel of the mixed cells, comparing only channels that can be the largest.
+
+    The mean of the channels that are largest at the four corners is interpolated as any channel is, and is nowhere
+    above the largest channel. So a channel that is below this mean at all corners is the largest nowhere in the cell.
+    """
+    scale = tiles.shape[1]
+    flat_values, flat_coarse = values.reshape(len(values), -1), coarse.reshape(-1)
+    for cells in _cells(mixed, coarse.shape, scale, _CHUNK_VALUES // scale**2):
+        numbers = np.arange(len(cells.rows))
+        corners = flat_values[:, cells.corners]  # (C, 4, M)
+        mean = corners[flat_coarse[cells.corners], :, numbers].mean(axis=0).T  # (4, M)
+        possible = (corners >= mean - _SLACK * np.abs(mean)).any(axis=1)  # (C, M)
+        # The possible channels of each cell in order; where others have more, its first one again, which is harmless.
+        order = np.argsort(~possible, axis=0, kind="stable")[: possible.sum(axis=0).max()]
+        order = np.where(np.take_along_axis(possible, order, axis=0), order, order[0])  # (L, M)
+        slots, _ = _argmax((cells.enlarged(corners[channels, :, numbers].T) for channels in order), len(order))
+        cells.write(order.astype(tiles.dtype)[slots, numbers], tiles)
+
+
+def _probs_by_steps(cells: "_Cells", shifted: FloatMap) -> FloatMap:
+    """Return the probability of the largest channel, (s * s, M).
+
+    Down a column of a cell a logit grows evenly, so its exponential grows by one factor from pixel to pixel: two
+    exponentials per column instead of s.
 
     Args:
         cells: to be worked on.
-        shifted: (C, h, w) logits, of which none is positive.
+        shifted: (C, h, w) logits between -80 and 0.
     """
     import cv2
 
-    channels = cells.enlarged(shifted)
-    value = next(channels)
-    best, total, exponential = _Best(len(shifted), value), np.empty_like(value), np.empty_like(value)
-    cv2.exp(value, total)
-    for channel, value in enumerate(channels, start=1):
-        best.update(channel, value)
-        np.add(total, cv2.exp(value, exponential), out=total)
-    if total.min() < _LEAST_TOTAL:
-        # Halfway between two classes that are hundreds apart, all exponentials vanish: relative to the largest they do
-        # not.
-        total[:] = 0
-        for value in cells.enlarged(shifted):
-            np.add(total, cv2.exp(value - best.values), out=total)
-        return best.channels, np.reciprocal(total)
-    cv2.exp(best.values, exponential)
-    return best.channels, np.divide(exponential, total, out=exponential)
+    side, count = len(cells.far), len(cells.rows)
+    upper, lower = cells.interpolated_across(shifted.reshape(len(shifted), -1)[:, cells.corners])  # (C, s * M)
+    factor = cv2.exp((lower - upper) * np.float32(1 / side))
+    value = cv2.exp(upper + (lower - upper) * cells.far[0])
+    total, largest = (np.empty((side, side * count), np.float32) for _ in range(2))
+    for row in range(side):
+        np.add.reduce(value, axis=0, out=total[row])
+        np.maximum.reduce(value, axis=0, out=largest[row])
+        np.multiply(value, factor, out=value)
+    return np.divide(largest, total, out=total).reshape(-1, count)
 
 
-class _Best:
-    """The largest of the channels seen so far, and which it was."""
+def _probs_one_by_one(cells: "_Cells", shifted: FloatMap) -> FloatMap:
+    """Return the same for logits of any size.
 
-    def __init__(self, count: int, first: FloatMap) -> None:
-        self.values = first.copy()
-        self.channels = np.zeros(first.shape, np.uint8 if count <= 256 else np.uint16)
-        self._is_larger = np.empty(first.shape, bool)
-        self._candidate = np.empty_like(self.channels)
+    Halfway between two classes that are hundreds apart, all exponentials vanish, but not relative to the largest.
+    """
+    corners = shifted.reshape(len(shifted), -1)[:, cells.corners]
+    _, largest = _argmax((cells.enlarged(channel) for channel in corners), len(corners))
+    total = np.zeros_like(largest)
+    for channel in corners:
+        total += np.exp(cells.enlarged(channel) - largest)
+    probs: FloatMap = np.reciprocal(total)
+    return probs
 
-    def update(self, channel: int, values: FloatMap) -> None:
-        np.greater(values, self.values, out=self._is_larger)
-        np.maximum(values, self.values, out=self.values)
-        np.multiply(self._is_larger, self.channels.dtype.type(channel), out=self._candidate)
-        np.maximum(self.channels, self._candidate, out=self.channels)
+
+def _argmax(channels: Iterator[FloatMap], count: int) -> tuple[NDArray[Any], FloatMap]:
+    """Find the largest of several maps of one shape, and which it is; the first wins a tie."""
+    largest = next(channels).copy()
+    best = np.zeros(largest.shape, np.uint8 if count <= 256 else np.uint16)
+    is_larger, candidate = np.empty(largest.shape, bool), np.empty_like(best)
+    for number, values in enumerate(channels, start=1):
+        np.greater(values, largest, out=is_larger)
+        np.maximum(values, largest, out=largest)
+        np.multiply(is_larger, best.dtype.type(number), out=candidate)
+        np.maximum(best, candidate, out=best)
+    return best, largest
 
 
 @dataclass(frozen=True, eq=False)
@@ -200,19 +222,22 @@ class _Cells:
     corners: NDArray[np.int64]
     far: FloatMap
 
-    def enlarged(self, values: FloatMap) -> Iterator[FloatMap]:
-        """Yield (s * s, M) fine values of one channel after the other, in one buffer that is used again."""
-        far_x, far_y = self.far[:, None], self.far[:, None, None]
-        near_x, near_y = np.float32(1) - far_x, np.float32(1) - far_y
-        side, count = len(self.far), len(self.rows)
-        fine, other = np.empty((side, side, count), np.float32), np.empty((side, side, count), np.float32)
-        for channel in values.reshape(len(values), -1):
-            upper_left, upper_right, lower_left, lower_right = channel[self.corners]
-            upper = upper_left * near_x + upper_right * far_x  # (s, M)
-            lower = lower_left * near_x + lower_right * far_x
-            np.multiply(upper, near_y, out=fine)
-            np.multiply(lower, far_y, out=other)
-            yield np.add(fine, other, out=fine).reshape(-1, count)
+    def interpolated_across(self, corners: FloatMap) -> tuple[FloatMap, FloatMap]:
+        """Interpolate along the upper and the lower edge: (..., 4, M) values at the corners -> (..., s * M) each."""
+        far = self.far[:, None]
+        near = np.float32(1) - far
+        upper = corners[..., None, 0, :] * near + corners[..., None, 1, :] * far  # (..., s, M)
+        lower = corners[..., None, 2, :] * near + corners[..., None, 3, :] * far
+        flat = (*corners.shape[:-2], -1)
+        return upper.reshape(flat), lower.reshape(flat)
+
+    def enlarged(self, corners: FloatMap) -> FloatMap:
+        """Interpolate within the cells: (4, M) values at the corners -> (s * s, M)."""
+        far = self.far[:, None]
+        upper, lower = self.interpolated_across(corners)  # (s * M,)
+        fine = upper * (np.float32(1) - far)  # (s, s * M)
+        fine += lower * far
+        return fine.reshape(-1, len(self.rows))
 
     def write(self, values: NDArray[Any], tiles: NDArray[Any]) -> None:
         """Put (s * s, M) values into the map of all cells, (h + 1, s, w + 1, s)."""
@@ -230,13 +255,13 @@ def _uniform_tiles(coarse: NDArray[Any], scale: int) -> tuple[NDArray[Any], NDAr
     return tiles, mixed
 
 
-def _cells(chosen: NDArray[np.bool_], size: tuple[int, ...], scale: int) -> Iterator[_Cells]:
-    """Walk the chosen cells in chunks."""
+def _cells(chosen: NDArray[np.bool_], size: tuple[int, ...], scale: int, limit: int) -> Iterator[_Cells]:
+    """Walk the chosen cells in chunks of at most ``limit``, but one at least."""
     height, width = size
     all_rows, all_columns = np.nonzero(chosen)
     # Pixel s // 2 is the first whose center lies at or behind the center of its coarse pixel.
     far = ((np.arange(scale) + 0.5 + scale // 2) / scale - 0.5).astype(np.float32)
-    step = max(_CHUNK_PIXELS // scale**2, 1)
+    step = max(limit, 1)
     for start in range(0, len(all_rows), step):
         rows, columns = all_rows[start : start + step], all_columns[start : start + step]
         top, bottom = np.maximum(rows - 1, 0) * width, np.minimum(rows, height - 1) * width
