@@ -27,19 +27,17 @@ class ManyValuesCommand(TyperCommand):
 
 
 def _spelled_out(words: Sequence[str], repeatable: set[str]) -> Iterator[str]:
-    option, is_first = None, False
-    for word in words:
-        if word.startswith("--"):
-            option, is_first = (word if word in repeatable else None), True
-            if option is None:
-                yield word
-        elif option is not None:
-            yield from (option, word)
-            is_first = False
-        else:
+    option, has_word = None, True
+    for word in (*words, "--"):
+        if not word.startswith("--"):
+            yield from (word,) if option is None else (option, word)
+            has_word = True
+            continue
+        if option is not None and not has_word:
+            yield option  # the parser says what it lacks
+        option, has_word = (word if word in repeatable else None), False
+        if option is None and word != "--":
             yield word
-    if option is not None and is_first:
-        yield option  # without a word: let the parser complain
 
 
 def compare(
