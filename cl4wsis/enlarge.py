@@ -250,9 +250,10 @@ def _uniform_tiles(coarse: NDArray[Any], scale: int) -> tuple[NDArray[Any], NDAr
     padded = np.pad(coarse, 1, mode="edge")
     corner = padded[:-1, :-1]  # (h + 1, w + 1)
     mixed: NDArray[np.bool_] = (padded[:-1, 1:] != corner) | (padded[1:, :-1] != corner) | (padded[1:, 1:] != corner)
-    tiles = np.empty((corner.shape[0], scale, corner.shape[1], scale), coarse.dtype)
-    tiles[:] = corner[:, None, :, None]
-    return tiles, mixed
+    rows, columns = corner.shape
+    tiles = np.empty((rows, scale, columns * scale), coarse.dtype)
+    tiles[:] = corner.repeat(scale, axis=1)[:, None]
+    return tiles.reshape(rows, scale, columns, scale), mixed
 
 
 def _cells(chosen: NDArray[np.bool_], size: tuple[int, ...], scale: int, limit: int) -> Iterator[_Cells]:

@@ -92,14 +92,14 @@ class _Regions:
         id_map: (h, w) int32, region of every grid pixel.
         runs: (h, w) row runs of the regions.
         classes: (R + 1,) class-map value of each region.
-        boxes: (R + 1, 4) left, top, width, height.
+        boxes: (R, 4) left, top, right, bottom of region 1..R.
         kept: (R + 1,) bool, large enough.
     """
 
     id_map: NDArray[np.int32]
     runs: Runs
     classes: NDArray[np.int64]
-    boxes: NDArray[np.int32]
+    boxes: NDArray[np.int64]
     kept: NDArray[np.bool_]
 
 
@@ -265,30 +265,31 @@ def _find_regions(class_map: NDArray[Any], smallest: int) -> _Regions:
     import cv2
 
     id_map = np.zeros(class_map.shape, np.int32)
-    classes, all_stats = [np.zeros(1, np.int64)], [np.zeros((1, 5), np.int32)]
+    classes = [np.zeros(1, np.int64)]
     count = 0
-    for value in _present_classes(class_map):
-        mask = class_map == value
-        box = _bounding_box(mask)
-        inside = mask[box]
-        found, part_ids, stats, _ = cv2.connectedComponentsWithStats(
-            inside.view(np.uint8), connectivity=8, ltype=cv2.CV_32S
-        )
+    for value, box in _class_boxes(class_map):
+        inside = class_map[box] == value
+        found, part_ids = cv2.connectedComponents(inside.view(np.uint8), connectivity=8, ltype=cv2.CV_32S)
         if count:
             part_ids += inside * np.int32(count)
         id_map[box] += part_ids  # boxes of classes overlap, classes do not
         classes.append(np.full(found - 1, value))
-        all_stats.append(stats[1:] + np.array([box[1].start, box[0].start, 0, 0, 0], np.int32))
         count += found - 1
-    stats = np.concatenate(all_stats)
-    kept = stats[:, cv2.CC_STAT_AREA] >= smallest
-    kept[0] = False
-    return _Regions(id_map, find_runs(id_map), np.concatenate(classes), stats[:, :4], kept)
+    runs = find_runs(id_map)
+    kept = np.concatenate([[False], areas_of_runs(runs, count) >= smallest])
+    boxes = boxes_of_runs(runs, class_map.shape[1], count).astype(np.int64)
+    return _Regions(id_map, runs, np.concatenate(classes), boxes, kept)
 
 
-def _present_classes(class_map: NDArray[Any]) -> list[int]:
-    present: list[int] = np.unique(find_runs(class_map).values).tolist()
-    return [value for value in present if value > 0]
+def _class_boxes(class_map: NDArray[Any]) -> list[tuple[int, tuple[slice, slice]]]:
+    """Return the foreground classes of a map in order, each with a box that holds all its pixels."""
+    highest = int(class_map.max())
+    boxes = boxes_of_runs(find_runs(class_map), class_map.shape[1], highest).astype(np.int64)  # 1..highest
+    present = np.flatnonzero(boxes[:, 2] > 0)
+    return [
+        (value + 1, (slice(top, bottom), slice(left, right)))
+        for value, (left, top, right, bottom) in zip(present.tolist(), boxes[present].tolist(), strict=True)
+    ]
 
 
 def _bounding_box(mask: NDArray[np.bool_]) -> tuple[slice, slice]:
@@ -378,14 +379,14 @@ def _assign_pixels(regions: _Regions, centers: _Centers, offsets: EnlargedMap, s
 
     shared = np.flatnonzero(np.bincount(centers.regions, minlength=len(regions.classes)) > 1)
     for region in shared.tolist():  # at most 127 regions share 255 centers
-        left, top, width, height = regions.boxes[region].tolist()
-        box = (slice(top, top + height), slice(left, left + width))
+        left, top, right, bottom = regions.boxes[region - 1].tolist()
+        box = (slice(top, bottom), slice(left, right))
         choices = np.flatnonzero(centers.regions == region)
         center_y, center_x = np.divmod(centers.pixels[choices], id_map.shape[1])
         target_y, target_x = _targets(offsets, box, stride)
         nearest = nearest_center(target_y.reshape(-1), target_x.reshape(-1), center_y, center_x)
         # All of the box is assigned, and written where the region is: gathering its pixels would take longer.
-        ids = ids_of_centers[choices][nearest].reshape(height, width)
+        ids = ids_of_centers[choices][nearest].reshape(bottom - top, right - left)
         np.copyto(id_map[box], ids, where=regions.id_map[box] == region)
     return id_map
 
