@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from cl4wsis.bundle import Bundle, Precision, VariantInfo, open_bundle
+from cl4wsis.bundle import Bundle, Post, Precision, VariantInfo, open_bundle
 from cl4wsis.engines import FoundEngine, Machine, add_engine, find_built, find_machine, graph_sha256
 from cl4wsis.errors import BackendError
 from cl4wsis_export.engines import (
@@ -32,6 +32,7 @@ def add_engines(
     in_cache: bool = False,
     refit_from: Path | None = None,
     progress: Progress | None = None,
+    post: Post = "graph",
 ) -> list[FoundEngine]:
     """Build engines of a bundle's graphs and add them to it.
 
@@ -40,12 +41,13 @@ def add_engines(
     Args:
         path: bundle folder, or a lone ``.onnx`` file, whose engines go into the user's cache folder.
         library: ``TENSORRT`` or ``TENSORRT_RTX``.
-        precisions: graphs to build from; those with the grouping inside.
+        precisions: graphs to build from.
         spec: settings.
         in_cache: put them into the user's cache folder, and leave the bundle as it is.
         refit_from: another bundle of the same step whose refittable engines get the weights of this one, instead of a
             build.
         progress: told how far a build is.
+        post: graphs with the grouping inside, or those that leave it to the host.
 
     Returns:
         One engine per precision.
@@ -56,7 +58,7 @@ def add_engines(
         KeyboardInterrupt: the user has interrupted a build; what was finished before is kept.
     """
     bundle = open_bundle(path)
-    variants = [bundle.variant(precision, "graph") for precision in precisions]
+    variants = [bundle.variant(precision, post) for precision in precisions]
     trt, machine = _prepare(library, bundle, spec)
     return [_add(bundle, variant, library, trt, machine, spec, in_cache, refit_from, progress) for variant in variants]
 
