@@ -116,3 +116,30 @@ def test_trt_rtx_puts_an_engine_into_the_bundle(run: Path, tmp_path: Path) -> No
     [engine] = open_bundle(out).manifest.engines
     assert engine.compute_capabilities == ("8.6", "8.9")
     assert engine.file in answer.stdout
+
+
+def test_precisions_are_written_and_listed(run: Path, tmp_path: Path) -> None:
+    """The step is exported on the images of its plan, drawn shapes."""
+    out = tmp_path / "x.cl4wsis"
+    few = ("verification_images=1", "precision_images=2", "calibration_images=2", "grouping.max_instances=9")
+    loose = ("limits.float16.matched=0", "limits.int8.matched=0")  # random weights
+    options = [part for setting in (*few, *loose) for part in ("--set", setting)]
+    answer = call("--run", run, "--out", out, "--precision", "int8", "--precision", "fp16", *options)
+    assert answer.exit_code == 0, answer.output
+    assert [variant.file for variant in open_bundle(out).manifest.variants] == [
+        "model.onnx",
+        "network.onnx",
+        "model-fp16.onnx",
+        "network-fp16.onnx",
+        "model-int8.onnx",
+        "network-int8.onnx",
+    ]
+    assert "making the int8 graph" in answer.stderr
+    shown = " ".join(answer.stdout.split())
+    assert "model-int8.onnx (int8, post=graph" in shown
+
+
+def test_an_unknown_precision_names_the_known_ones(run: Path) -> None:
+    answer = call("--run", run, "--precision", "fp8")
+    assert answer.exit_code == 2
+    assert all(name in answer.output for name in ("fp8", "fp32", "fp16", "int8"))

@@ -161,10 +161,13 @@ def test_beyond_the_limits_nothing_is_written(
 @pytest.mark.parametrize("precision", ["float16", "int8"])
 def test_tensorrt_rtx_builds_lower_precisions(path: Path, precision: Precision) -> None:
     pytest.importorskip("tensorrt_rtx", reason="building engines needs the extra 'trt-rtx'")
-    from cl4wsis_export.rtx import build_rtx_engine
+    from cl4wsis_export.engines import TENSORRT_RTX, EngineSpec, build_engine, load_library
 
     bundle = open_bundle(path)
     variant = bundle.variant(precision)
-    content = bundle.path_of(variant).read_bytes()
-    engine = build_rtx_engine(content, compute_capabilities=["8.6"], max_batch=8, stated_types=variant.types)
-    assert len(engine) > 100_000
+    spec = EngineSpec(max_batch=8, compute_capabilities=("8.6",))
+    built = build_engine(TENSORRT_RTX, load_library(TENSORRT_RTX), bundle.path_of(variant), spec, variant.types)
+    assert len(built.content) > 100_000
+    assert (
+        max(built.types, key=lambda name: built.types[name]) == precision
+    )  # convolutions merged by the builder count once
