@@ -8,8 +8,6 @@ if TYPE_CHECKING:
     from cl4wsis.bundle import Precision
     from cl4wsis_export.engines import EngineSpec
 
-RTX_COMPUTE_CAPABILITIES = ("8.0", "8.6", "8.9", "12.0")
-
 
 class EngineOptions(NamedTuple):
     """Options of the command line that only engines know; ``None`` or False where not given."""
@@ -37,6 +35,7 @@ def engine_spec(options: EngineOptions, is_rtx: bool) -> "EngineSpec":
     """
     from cl4wsis.config import build_settings
     from cl4wsis_export.engines import EngineSpec
+    from cl4wsis_export.rtx import DEFAULT_COMPUTE_CAPABILITIES
 
     values: dict[str, Any] = {
         "opt_batch": options.opt_batch,
@@ -45,7 +44,7 @@ def engine_spec(options: EngineOptions, is_rtx: bool) -> "EngineSpec":
         "hardware_level": options.hardware_level,
         "version_compatible": options.version_compatible,
         "refittable": options.refittable or options.refit_from is not None,
-        "compute_capabilities": options.compute_capability or (RTX_COMPUTE_CAPABILITIES if is_rtx else ()),
+        "compute_capabilities": options.compute_capability or (DEFAULT_COMPUTE_CAPABILITIES if is_rtx else ()),
     }
     given = {name: value for name, value in values.items() if value is not None}
     return build_settings(EngineSpec, given, "engine options")

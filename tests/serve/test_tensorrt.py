@@ -5,7 +5,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from bundles import SIZE, color_manifest, write_color_bundle
+from bundles import SIZE, color_answer, color_manifest, write_color_bundle
+from pretended_gpu import PretendedCuda, PretendedTensorRt
 
 from cl4wsis.bundle import Bundle, EngineInfo, open_bundle
 from cl4wsis.engines import (
@@ -23,6 +24,7 @@ from cl4wsis.engines import (
     why_unfit,
 )
 from cl4wsis.errors import BackendError, BundleError
+from cl4wsis_serve.backends import tensorrt as backend_module
 from cl4wsis_serve.backends import why_unavailable
 from cl4wsis_serve.backends.base import BackendRequest
 from cl4wsis_serve.backends.tensorrt import BufferLayout, TensorRtBackend
@@ -237,3 +239,82 @@ def test_without_a_gpu_the_reason_is_told(bundle: Bundle) -> None:
         with pytest.raises(BackendError, match=r"pip install 'cl4wsis\[trt|CUDA"):
             TensorRtBackend(BackendRequest(name, bundle, bundle.variant()))
     assert find_machine(needs_gpu=False).gpu is None
+
+
+def open_pretended(
+    monkeypatch: pytest.MonkeyPatch, bundle: Bundle, cuda: PretendedCuda, trt: PretendedTensorRt, name: str = "tensorrt"
+) -> TensorRtBackend:
+    rtx = {"runtime": f"tensorrt-rtx {VERSION}", "gpu": None, "driver": None, "platform": ""}
+    add_engine(bundle, engine_of(bundle, **(rtx if name == "tensorrt-rtx" else {})), b"engine")
+    monkeypatch.setattr(backend_module, "_import", lambda name: trt)
+    monkeypatch.setattr(backend_module, "cuda_runtime", lambda: cuda)
+    monkeypatch.setattr(backend_module, "find_machine", lambda: A10)
+    opened = open_bundle(bundle.path)
+    return TensorRtBackend(BackendRequest(name, opened, opened.variant()))
+
+
+def color_frames(count: int) -> np.ndarray:
+    """Draw frames that all differ: a red patch that moves."""
+    frames = np.full((count, *SIZE, 3), 90, np.uint8)
+    for index in range(count):
+        frames[index, index : index + 4, 2 * index : 2 * index + 9] = (220, 10, 10)
+    return frames
+
+
+@pytest.mark.parametrize("name", ["tensorrt", "tensorrt-rtx"])
+def test_batches_of_every_size_are_answered_image_by_image(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    cuda = PretendedCuda()
+    trt = PretendedTensorRt(cuda, VERSION, captures=name == "tensorrt-rtx")
+    backend = open_pretended(monkeypatch, bundle, cuda, trt, name)
+    frames = color_frames(11)
+    for size in (1, 2, 3, 4, 5, 11, 3, 1):
+        outputs = backend.run(frames[:size])
+        for row, frame in enumerate(frames[:size]):
+            for tensor, expected in color_answer(frame).items():
+                np.testing.assert_array_equal(outputs[tensor][row], expected)
+    runs = 1 + 1 + 1 + 1 + 2 + 3 + 1 + 1  # in parts of at most 4, the largest batch of the engine
+    assert cuda.launches == (runs if name == "tensorrt" else 0)
+    assert backend._engine.strategies == [None if name == "tensorrt" else "whole"] * 3
+    backend.close()
+    assert cuda.taken == {}
+
+
+def test_answers_stay_as_they_are_when_the_next_batch_runs(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda = PretendedCuda()
+    backend = open_pretended(monkeypatch, bundle, cuda, PretendedTensorRt(cuda, VERSION))
+    frames = color_frames(2)
+    first = backend.run(frames[:1])
+    kept = {name: value.copy() for name, value in first.items()}
+    backend.run(frames[1:])
+    for name, value in first.items():
+        np.testing.assert_array_equal(value, kept[name])
+
+
+def test_an_engine_that_cannot_be_captured_runs_without_a_graph(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    cuda = PretendedCuda()
+    cuda.refuses_capture = True
+    backend = open_pretended(monkeypatch, bundle, cuda, PretendedTensorRt(cuda, VERSION))
+    frames = color_frames(1)
+    np.testing.assert_array_equal(backend.run(frames)["areas"][0], color_answer(frames[0])["areas"])
+    assert "no CUDA graph for batches of 1" in caplog.text
+    assert cuda.launches == 0
+
+
+def test_too_little_memory_is_told_and_nothing_is_kept(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda = PretendedCuda(memory=10_000)
+    backend = open_pretended(monkeypatch, bundle, cuda, PretendedTensorRt(cuda, VERSION))
+    with pytest.raises(BackendError, match=r"bytes for a batch: out of memory \(2\); use a smaller batch"):
+        backend.run(color_frames(4))
+    assert cuda.taken == {}
+
+
+def test_what_tensorrt_says_of_an_engine_it_does_not_load_is_passed_on(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cuda = PretendedCuda()
+    with pytest.raises(BackendError, match=r"cannot load it on NVIDIA A10: Serialization assertion .*; build it again"):
+        open_pretended(monkeypatch, bundle, cuda, PretendedTensorRt(cuda, VERSION, damaged=True))

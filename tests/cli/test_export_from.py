@@ -1,0 +1,116 @@
+"""``cl4wsis export --from``: what is made out of a bundle, run as a user runs it."""
+
+import json
+from pathlib import Path
+
+import pytest
+import typer
+from bundles import write_color_bundle
+from typed import write_typed_bundle
+from typer.testing import CliRunner, Result
+
+from cl4wsis.bundle import open_bundle
+from cl4wsis.cli.export import export
+from cl4wsis.engines import CACHE_VARIABLE, find_machine
+from cl4wsis.errors import BackendError, BundleError, ConfigError
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def call(*arguments: object) -> Result:
+    app = typer.Typer()
+    app.command()(export)
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+@pytest.mark.trt
+def test_engines_of_several_precisions_are_added(tmp_path: Path) -> None:
+    pytest.importorskip("tensorrt_rtx", reason="building engines needs the extra 'trt-rtx'")
+    path = write_typed_bundle(tmp_path / "x.cl4wsis")
+    targets = ("--compute-capability", "8.6", "--compute-capability", "8.9")
+    precisions = ("--precision", "fp16", "--precision", "int8")
+    batches = ("--opt-batch", 2, "--max-batch", 4, "--workspace", 256)
+    answer = call("--format", "trt-rtx", "--from", path, *targets, *precisions, *batches, "--json")
+    assert answer.exit_code == 0, answer.output
+    engines = open_bundle(path).manifest.engines
+    assert json.loads(answer.stdout)["written"] == [str(path / engine.file) for engine in engines]
+    assert [sorted(engine.types) for engine in engines] == [["float16", "float32"], ["float32", "int8"]]
+    for engine in engines:
+        assert engine.compute_capabilities == ("8.6", "8.9")
+        assert (engine.opt_batch, engine.max_batch, engine.workspace_mib) == (2, 4, 256)
+
+
+@pytest.mark.trt
+def test_the_cache_takes_engines_instead_of_the_bundle(tmp_path: Path, cache: Path) -> None:
+    pytest.importorskip("tensorrt_rtx", reason="building engines needs the extra 'trt-rtx'")
+    path = write_typed_bundle(tmp_path / "x.cl4wsis")
+    for source in (path, path / "model.onnx"):
+        answer = call("--format", "trt-rtx", "--from", source, "--compute-capability", "8.6", "--engine-cache")
+        assert answer.exit_code == 0, answer.output
+    assert open_bundle(path).manifest.engines == ()
+    assert len(list(cache.rglob("*.engine"))) == 1  # the second was built before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--format", "trt-rtx", "--hardware-level", "ampere-plus"], "belong to --format trt"),
+        (["--format", "trt", "--compute-capability", "8.6"], "belongs to --format trt-rtx"),
+        (["--format", "triton", "--max-batch", "4", "--refittable"], "--max-batch, --refittable belongs to"),
+        (["--format", "onnx"], "--from needs --format"),
+        (["--format", "triton", "--step", "1"], "--step and --set belong to"),
+        (["--format", "triton", "--precision", "fp16", "--precision", "int8"], "takes one --precision"),
+        (["--format", "trt", "--engine", "x.engine"], "--engine belongs to"),
+    ],
+)
+def test_options_without_effect_are_refused(tmp_path: Path, arguments: list[str], message: str) -> None:
+    path = write_color_bundle(tmp_path / "x.cl4wsis")
+    answer = call("--from", path, *arguments)
+    assert answer.exit_code == 2
+    assert message in " ".join(answer.output.replace("│", " ").split())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        (["--format", "trt-rtx", "--precision", "int8"], BundleError, "holds no int8 graph"),
+        (["--format", "trt-rtx", "--compute-capability", "1.0"], ConfigError, r"1\.0: TensorRT-RTX .* builds for"),
+        (["--format", "trt-rtx", "--opt-batch", "9", "--max-batch", "4"], ConfigError, "batches must not fall"),
+        (["--format", "triton", "--engine", "x.engine"], BundleError, "is no engine of"),
+    ],
+)
+def test_mistakes_are_explained(tmp_path: Path, arguments: list[str], error: type[Exception], message: str) -> None:
+    pytest.importorskip("tensorrt_rtx", reason="building engines needs the extra 'trt-rtx'")
+    path = write_color_bundle(tmp_path / "x.cl4wsis")
+    before = (path / "manifest.json").read_bytes()
+    answer = call("--from", path, *arguments)
+    assert isinstance(answer.exception, error), answer.output
+    with pytest.raises(error, match=message):
+        raise answer.exception
+    assert (path / "manifest.json").read_bytes() == before
+
+
+def test_a_missing_bundle_is_explained(tmp_path: Path) -> None:
+    answer = call("--from", tmp_path / "no.cl4wsis", "--format", "triton")
+    assert isinstance(answer.exception, BundleError)
+    assert "does not exist" in str(answer.exception)
+
+
+def test_tensorrt_without_a_gpu_names_every_way_out(tmp_path: Path) -> None:
+    if find_machine(needs_gpu=False).gpu is not None:
+        pytest.skip("a GPU is there")
+    path = write_color_bundle(tmp_path / "x.cl4wsis")
+    answer = call("--from", path, "--format", "trt", "--max-batch", 2)
+    assert isinstance(answer.exception, BackendError)
+    for part in (
+        "none is usable",
+        "--format onnx",
+        "--format trt-rtx",
+        "--from BUNDLE",
+        "--maxShapes=images:2x32x48x3",
+    ):
+        assert part in str(answer.exception)
