@@ -179,7 +179,9 @@ def test_reported_numbers_stand_beside_measured_ones() -> None:
 def test_settings_that_matter_to_a_step_are_compared(
     override: str, step: int, preset: str | None, expected: str | None
 ) -> None:
-    found = difference(load_plan("shapes", preset=preset), load_plan("shapes", [override], preset), step)
+    before = ["recipe.base.epochs=7", "recipe.semantic.epochs=5", "data.num_train=400"]
+    before.append("recipe.network.encoder_statistics=stored")
+    found = difference(load_plan("shapes", before, preset), load_plan("shapes", [*before, override], preset), step)
     assert found == expected if expected is None else found is not None and found.startswith(expected)
 
 
