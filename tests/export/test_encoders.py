@@ -23,7 +23,10 @@ GPUS = ("8.0", "8.6", "8.9", "12.0")
 SIDE = 128
 
 
-@pytest.fixture(scope="module", params=["tf_efficientnet_lite0", "resnet50", "resnet101"])
+LARGE = [pytest.param(name, marks=pytest.mark.exhaustive) for name in ("resnet50", "resnet101")]
+
+
+@pytest.fixture(scope="module", params=["tf_efficientnet_lite0", *LARGE])
 def path(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Export an untrained network whose answers hold many instances."""
     plan = tiny_plan(
