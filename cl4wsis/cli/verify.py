@@ -20,7 +20,7 @@ def verify(
             help="Bundle folder or .onnx file; the newest bundle under runs/ when not given.", show_default=False
         ),
     ] = None,
-    data: Annotated[
+    config: Annotated[
         str | None,
         typer.Option(
             "--data", "--config", "-c", help="Plan (file or name) whose evaluation images are used; gives AP50 too."
@@ -57,7 +57,7 @@ def verify(
 
     opened = open_bundle(bundle or newest_bundle(Path("runs")))
     choices, skipped = choose(opened, backend or (), parse_precisions(precision), parse_posts(post))
-    image_set = _image_set(opened, data, settings, images, limit)
+    image_set = _image_set(opened, config, settings, images, limit)
     with progress_bar() as bar:
         task = bar.add_task("verify", total=None)
         result = verify_bundle(
