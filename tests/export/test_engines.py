@@ -224,6 +224,7 @@ from cl4wsis_export.engines import TENSORRT_RTX
 from cl4wsis_export.engines import EngineSpec
 from cl4wsis_export.from_bundle import add_engines
 told = threading.Event()
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored from the start in background jobs of some shells
 
 def progress(phase, done, total):
     if not told.is_set():
