@@ -37,9 +37,10 @@ def path(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     torch.manual_seed(3)
     network = InstanceSegmenter(plan.recipe.network, (3, 1)).eval()
     with torch.no_grad():
-        for head in network.semantic_branch.classifier.parameters():
-            head.mul_(20)
-        network.instance_branch.offset_head.weight.mul_(20)  # else many pixels are as near to one center as to another
+        branch = network.instance_branch
+        heads = [network.semantic_branch.classifier, branch.center_head, branch.offset_head]
+        for parameter in (parameter for head in heads for parameter in head.parameters()):
+            parameter.mul_(20)  # untrained maps are so flat that the order of centers would be a matter of rounding
     classes = (
         ClassInfo(name=n, step_added=i // 3, color=class_color(i)) for i, n in enumerate(plan.split(1).seen_names)
     )
