@@ -17,7 +17,7 @@ from cl4wsis.errors import BundleError
 EXPORT = """
 import sys
 from pathlib import Path
-sys.path[:0] = [sys.argv[2], str(Path(sys.argv[2]) / "export")]
+sys.path[:0] = [str(Path(sys.argv[2]) / "export"), sys.argv[2]]
 import conftest
 from cl4wsis_export import export_network, pack
 
