@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from cl4wsis.errors import ConfigError, MissingExtraError
+from cl4wsis_train.models.dilated import replace_dilated_depthwise
 from cl4wsis_train.models.wider_resnet import WiderResNet
 
 _Triple = tuple[float, float, float]
@@ -91,7 +92,9 @@ def build_encoder(name: str, output_stride: int, weights: str) -> Encoder:
         _load(network, *_package_state(name))
     elif weights != "none":
         _load(network, *_file_state(name, weights))
-    return Encoder(network, *_shape_of(network), *_input_rule(name, network))
+    shape, rule = _shape_of(network), _input_rule(name, network)
+    replace_dilated_depthwise(network)
+    return Encoder(network, *shape, *rule)
 
 
 def _check_name(name: str) -> None:
