@@ -46,11 +46,15 @@ class NetworkSettings(Settings):
     """Channels of the instance decoder's top-down stages."""
     localizer_channels: int = Field(256, gt=0)
     """Channels of the auxiliary decoder of phase 1."""
+    image_prior: float = Field(0.0, ge=0)
+    """Exponent of the shares that the classes have of an image's objects, by which a trained network multiplies their
+    probabilities in each of its pixels. 0 as published: a pixel's class depends on the pixel's features alone, and one
+    object often falls to several classes. Above 0 (1 is Bayes' rule) single objects of rare classes may be lost."""
 
 
-LEARNING_FIELDS = ("encoder_statistics", "head_init", "new_class_init", "localizer_channels")
-"""Fields of :class:`NetworkSettings` that say how a step learns. The others describe the network and are those of
-step 0, whatever a later step's recipe says."""
+LEARNING_FIELDS = ("encoder_statistics", "head_init", "new_class_init", "localizer_channels", "image_prior")
+"""Fields of :class:`NetworkSettings` that say how a step learns and answers. The others describe the weights and are
+those of step 0, whatever a later step's recipe says."""
 
 
 class OptimizerSettings(Settings):

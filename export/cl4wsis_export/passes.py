@@ -14,7 +14,7 @@ from cl4wsis.errors import BundleError
 
 _OPERATORS = """
 Add AveragePool BatchNormalization Clip Concat Conv Div Exp Flatten Gemm GlobalAveragePool HardSigmoid HardSwish
-LeakyRelu MatMul Mul PRelu Pow ReduceMean Relu Resize Sigmoid Softmax Softplus Sqrt Sub Tanh
+LeakyRelu Log MatMul Mul PRelu Pow ReduceMean Relu Resize Sigmoid Softmax Softplus Sqrt Sub Tanh
 
 ArgMax Cast Equal Floor Gather GatherElements Greater GreaterOrEqual Less LessOrEqual Max MaxPool Min Neg Pad Reciprocal
 ReduceMax ReduceMin ReduceSum ScatterElements Slice Split Squeeze TopK Transpose Unsqueeze

@@ -7,7 +7,7 @@ import pytest
 from cl4wsis.config import config_folder
 from cl4wsis.errors import ConfigError
 from cl4wsis.presets import find_preset, preset_name, shipped_presets
-from cl4wsis.recipe import Recipe
+from cl4wsis.recipe import LEARNING_FIELDS, Recipe
 from cl4wsis.tasks import load_plan
 
 PLANS = sorted(
@@ -20,7 +20,7 @@ PLANS = sorted(
 @pytest.mark.parametrize("plan", PLANS)
 def test_every_preset_fits_every_plan_and_leaves_its_network_alone(plan: str) -> None:
     own = load_plan(plan)
-    learning = {"encoder_statistics", "head_init", "new_class_init", "localizer_channels"}
+    learning = set(LEARNING_FIELDS)
     for name in shipped_presets():
         found = load_plan(plan, preset=name)
         assert found.recipe.preset == found.recipe.variant == name
@@ -47,7 +47,7 @@ def test_ours_undoes_what_a_plan_has_beyond_the_publication(plan: str) -> None:
     )
     budget |= {"instance_loss"}
     assert recipe.instance.model_dump(exclude=budget) == published.instance.model_dump(exclude=budget)
-    assert recipe.network.encoder_statistics == "batch"
+    assert (recipe.network.encoder_statistics, recipe.network.image_prior) == ("batch", 0)
 
 
 def switches(name: str) -> dict[str, bool]:

@@ -20,7 +20,8 @@ from cl4wsis_train.models.network import InstanceSegmenter
 @pytest.fixture(scope="session")
 def step_info() -> StepInfo:
     """Describe step 1 of a plan of three and two classes, at 64x96 px."""
-    plan = tiny_plan("recipe.input_size=[64, 96]", 'steps=[["disc", "square", "star"], ["ring", "cross"]]')
+    steps = 'steps=[["disc", "square", "star"], ["ring", "cross"]]'
+    plan = tiny_plan("recipe.input_size=[64, 96]", "recipe.network.image_prior=1.0", steps)
     names = plan.split(1).seen_names
     classes = (ClassInfo(name=n, step_added=int(i > 2), color=class_color(i)) for i, n in enumerate(names))
     network = InstanceSegmenter(plan.recipe.network, (3, 2))

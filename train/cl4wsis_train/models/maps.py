@@ -5,6 +5,7 @@ B = batch, C = classes with background, H x W = network input, h x w = the grid 
 
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -13,6 +14,8 @@ if TYPE_CHECKING:
 
 FAST_STRIDE = 4
 """Network-input pixels per cell of the ``fast`` profile's grid."""
+
+_SMALLEST_SHARE = 1e-3
 
 
 class GroupingMaps(NamedTuple):
@@ -24,6 +27,23 @@ class GroupingMaps(NamedTuple):
     """(B, C - 1, h, w), about [0, 1]."""
     offset_map: Tensor
     """(B, 2, h, w), (dy, dx), center minus pixel in network-input pixels."""
+
+
+def apply_image_prior(semantic_logits: Tensor, exponent: float) -> Tensor:
+    """Multiply the probabilities of each pixel by those of the whole image, so that objects keep to one class.
+
+    The share of class c is ``q_c = sum_x p_c(x) / sum_x sum_k p_k(x)`` over all pixels x and classes k but background;
+    the result is ``p_c(x) * ((q_c + 0.001) / max_k (q_k + 0.001)) ** exponent``, normalised. Background and the most
+    frequent class keep their ratio.
+
+    Args:
+        semantic_logits: (B, C, h, w), raw; channel 0 is background.
+        exponent: 0 changes nothing, 1 takes the shares as prior probabilities.
+    """
+    mass = semantic_logits.softmax(dim=1)[:, 1:].mean(dim=(2, 3), keepdim=True)
+    share = mass / mass.sum(dim=1, keepdim=True) + _SMALLEST_SHARE
+    prior = exponent * (share / share.amax(dim=1, keepdim=True)).log()
+    return torch.cat([semantic_logits[:, :1], semantic_logits[:, 1:] + prior], dim=1)
 
 
 def grouping_grid(input_size: tuple[int, int], profile: Literal["exact", "fast", "paper"]) -> tuple[int, int]:

@@ -18,6 +18,7 @@ from cl4wsis_train.models.aspp import InstancePyramid, SemanticPyramid
 from cl4wsis_train.models.decoder import InstanceDecoder, SeparableConvolution
 from cl4wsis_train.models.encoder import build_encoder
 from cl4wsis_train.models.heads import StepHeads
+from cl4wsis_train.models.maps import apply_image_prior
 
 _OFFSET_CHANNELS = 32
 _CLASS_PRIOR = 0.05  # share of pixels that a class is taken to have before anything is learned
@@ -152,13 +153,16 @@ class InstanceSegmenter(nn.Module):
         return normalized.contiguous(memory_format=torch.channels_last)
 
     def forward(self, images: Tensor) -> SegmenterOutput:
-        """Return all three maps.
+        """Return all three maps; outside of training, classes with the weight that the image gives them.
 
         Args:
             images: (B, 3, H, W), normalised; H and W are multiples of 32 as the recipe demands.
         """
         features = self.encoder(images)
-        return SegmenterOutput(self.forward_semantic(features), *self.forward_instance(features))
+        semantic_logits = self.forward_semantic(features)
+        if self.settings.image_prior and not self.training:
+            semantic_logits = apply_image_prior(semantic_logits, self.settings.image_prior)
+        return SegmenterOutput(semantic_logits, *self.forward_instance(features))
 
     def forward_semantic(self, features: Sequence[Tensor]) -> Tensor:
         """Return ``semantic_logits`` (B, C, h, w) from the four encoder features."""

@@ -1,0 +1,52 @@
+import pytest
+import torch
+
+from cl4wsis.tasks import load_plan
+from cl4wsis_train.models.maps import apply_image_prior
+from cl4wsis_train.models.network import InstanceSegmenter
+
+
+def test_probabilities_are_weighted_by_the_shares_of_the_image() -> None:
+    logits = torch.randn(2, 4, 5, 6) * 3
+    probs = logits.softmax(1)
+    for image in range(2):
+        mass = probs[image, 1:].sum((1, 2))
+        prior = mass / mass.sum() + 0.001
+        prior = prior / prior.max()
+        expected = probs[image].clone()
+        expected[1:] *= (prior**1.5)[:, None, None]
+        expected /= expected.sum(0)
+        found = apply_image_prior(logits, 1.5)[image].softmax(0)
+        torch.testing.assert_close(found, expected)
+
+
+def test_background_and_the_most_frequent_class_keep_their_ratio() -> None:
+    logits = torch.randn(1, 5, 8, 8)
+    logits[:, 3] += 3
+    weighted = apply_image_prior(logits, 1.0)
+    torch.testing.assert_close(weighted[:, [0, 3]], logits[:, [0, 3]])
+    assert (weighted[:, [1, 2, 4]] < logits[:, [1, 2, 4]]).all()
+
+
+def test_an_object_of_two_classes_falls_to_the_one_that_has_more_of_it() -> None:
+    logits = torch.zeros(1, 3, 4, 10)
+    logits[:, 0] = -9.0
+    logits[0, 1, :, :6] = 0.5
+    logits[0, 2, :, 6:] = 0.1
+    assert logits.argmax(1).unique().tolist() == [1, 2]
+    assert apply_image_prior(logits, 1.0).argmax(1).unique().tolist() == [1]
+
+
+@pytest.mark.parametrize("image_prior", [0.0, 1.0])
+def test_the_network_applies_it_outside_of_training_only(image_prior: float) -> None:
+    settings = load_plan("shapes", ["recipe.network.weights=none", f"recipe.network.image_prior={image_prior}"])
+    network = InstanceSegmenter(settings.recipe.network, (2, 2)).eval()
+    images = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        plain = network.forward_semantic(network.encoder(images))
+        expected = apply_image_prior(plain, 1.0) if image_prior else plain
+        assert torch.equal(network(images).semantic_logits, expected)
+        assert torch.equal(plain, expected) == (image_prior == 0)
+        network.train()  # the encoder keeps its statistics, the branches do not
+        network.semantic_branch.eval()
+        assert torch.equal(network(images).semantic_logits, plain)
