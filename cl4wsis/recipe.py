@@ -142,9 +142,6 @@ class SemanticPhase(Settings):
     """Train the auxiliary decoder on its own maps, refined by PAMR."""
     label_smoothing: float = Field(0.5, ge=0, le=1)
     """Share of the hard pseudo label in the semantic target (alpha)."""
-    kept_share: float = Field(0.0, ge=0, le=1)
-    """Share of the previous step's weights in the mean that the semantic branch becomes after training. 0 as published:
-    what the branch forgets is lost. For a frozen encoder: old weights do not suit features that have changed."""
     yielded_share: float = Field(0.0, ge=0, lt=1)
     """Share of the new classes' pixels on training images that fall to other classes when their logits are lowered
     after training. 0 as published: without old images nothing tells new classes from old ones, and they claim both."""

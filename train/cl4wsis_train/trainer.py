@@ -224,8 +224,8 @@ class _StepTraining:
         if progress is None or progress.phase == "semantic":
             settings = self.recipe.semantic
             self._run_phase("semantic", semantic, settings.epochs, settings.optimizer, progress, log)
-            if settings.kept_share or settings.yielded_share:
-                self._settle(semantic)
+            if settings.yielded_share:
+                self._lower_new_classes(semantic, settings.yielded_share)
             self._save_on_main(result, semantic.state_dict())
             progress = None
         else:
@@ -235,13 +235,13 @@ class _StepTraining:
         self._run_phase("instance", instance, settings_2.epochs, settings_2.optimizer, progress, log)
         return network
 
-    def _settle(self, phase: SemanticPhase) -> None:
-        """End phase 1 with one pass over the training images, all of them in every process, so that all agree."""
+    def _lower_new_classes(self, phase: SemanticPhase, share: float) -> None:
+        """Go once through the training images, all of them in every process, so that all agree."""
         loader = build_training_loader(
             self.plan, self.step, "semantic", self.recipe.semantic.batch_size, self._seed("lower", 0)
         )
-        drop = phase.settle(batch.to(self.fabric.device) for batch in loader)
-        self.report(f"logits of the new classes shifted by {-drop:+.2f}")
+        drop = phase.lower_new_classes((batch.to(self.fabric.device) for batch in loader), share)
+        self.report(f"logits of the new classes lowered by {drop:.2f}")
 
     def _build_networks(self) -> tuple[InstanceSegmenter, InstanceSegmenter | None]:
         """Build the network of this step, started from the previous one, and the previous one itself."""

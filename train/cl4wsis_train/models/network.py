@@ -59,21 +59,6 @@ class SemanticBranch(nn.Module):
         return logits
 
 
-@torch.no_grad()
-def mix_weights(module: nn.Module, other: nn.Module, share: float) -> None:
-    """Set what both modules have to the mean of the two; what ``other`` lacks stays.
-
-    Args:
-        module: changed in place.
-        other: an earlier state of the module, perhaps with fewer outputs.
-        share: weight of ``other`` in the mean.
-    """
-    theirs = other.state_dict()
-    for name, tensor in module.state_dict().items():
-        if name in theirs and tensor.is_floating_point():
-            tensor.lerp_(theirs[name], share)
-
-
 class InstanceBranch(nn.Module):
     """Instance pyramid, decoder, class-wise center head and class-free offset head.
 

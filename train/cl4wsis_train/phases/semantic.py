@@ -8,7 +8,6 @@ Segmenter's semantic branch.
 Legend: Z activation logits of the localizer, P' old probabilities, G semantic target, o old channels with background.
 """
 
-import copy
 from collections.abc import Iterable
 
 import numpy as np
@@ -28,7 +27,7 @@ from cl4wsis_train.models.localizer import (
     PeakGenerator,
     normalized_global_weighted_pooling,
 )
-from cl4wsis_train.models.network import InstanceSegmenter, mix_weights
+from cl4wsis_train.models.network import InstanceSegmenter
 from cl4wsis_train.phases.common import Losses, Phase, freeze, global_count, upsample
 from cl4wsis_train.processes import draw_for_images
 from cl4wsis_train.pseudo.semantic import random_dropout_mask, self_training_target, semantic_target
@@ -105,42 +104,37 @@ class SemanticPhase(Phase):
         return losses
 
     @torch.no_grad()
-    def settle(self, batches: Iterable[Batch]) -> float:
-        """End the phase: mix the semantic branch with the old network's, and let new classes yield.
+    def lower_new_classes(self, batches: Iterable[Batch], share: float) -> float:
+        """Lower the logits of the new classes by as much as costs them a share of their own pixels.
 
-        No image of this phase shows what new classes must not claim, the objects of old classes. The branch forgets
-        them as it learns; the mean of its weights with those it started from knows both (as WiSE-FT, Wortsman et al.,
-        CVPR 2022, finds for fine-tuning). And the logits of new classes grow until they win on their own pixels, and
-        further: the quantile of the margin by which they then win there says how much of it can be spared. It is taken
-        off the biases of the newest classifier; where the mean has made new classes weak it is negative.
+        No image of this phase shows what new classes must not claim, the objects of old classes. Their logits grow
+        until they win on their own pixels, and further; the quantile of the margin by which they win there says how
+        much of it can be spared. It is taken off the biases of the newest classifier.
 
         Args:
             batches: training images with their tags.
+            share: of the pixels on which a tagged new class has the largest logit.
 
         Returns:
-            What was taken off; 0 where no new class wins a pixel, or where ``yielded_share`` is 0.
+            What was taken off; 0 where no new class wins a pixel.
         """
         self.network.eval()
-        branch = self.network.semantic_branch
-        mixed = copy.deepcopy(branch)
-        mix_weights(mixed, self.old_network.semantic_branch, self.settings.kept_share)
+        new = self.split.semantic_new
         margins = []
-        for batch in batches if self.settings.yielded_share else ():
-            features = self.network.encoder(self.network.normalize(batch.images))
-            own = self._margin_of_new(branch(features), batch.image_labels) > 0
-            margins.append(self._margin_of_new(mixed(features), batch.image_labels)[own].cpu())
-        found = torch.cat(margins).double().numpy() if margins else np.empty(0)
-        drop = float(np.quantile(found, self.settings.yielded_share)) if len(found) else 0.0
-        branch.load_state_dict(mixed.state_dict())
-        branch.classifier.convolutions[-1].get_parameter("bias").sub_(drop)
+        for batch in batches:
+            images = self.network.normalize(batch.images)
+            logits = self.network.forward_semantic(self.network.encoder(images)).float()  # (B, C, h, w)
+            tagged = _with_background(batch.image_labels)[:, :, None, None] > 0
+            own = logits.masked_fill(~tagged, -torch.inf)[:, new].amax(1)
+            others = torch.cat(
+                [logits[:, self.split.semantic_old], logits[:, new].masked_fill(tagged[:, new], -torch.inf)], 1
+            )
+            margin = own - others.amax(1)  # (B, h, w)
+            margins.append(margin[margin > 0].cpu())
+        found = torch.cat(margins).double().numpy()
+        drop = float(np.quantile(found, share)) if len(found) else 0.0
+        self.network.semantic_branch.classifier.convolutions[-1].get_parameter("bias").sub_(drop)
         return drop
-
-    def _margin_of_new(self, logits: Tensor, image_labels: Tensor) -> Tensor:
-        """Return (B, h, w): by how much the largest logit of tagged new classes exceeds all others."""
-        new, logits = self.split.semantic_new, logits.float()
-        tagged = _with_background(image_labels)[:, :, None, None] > 0
-        others = [logits[:, self.split.semantic_old], logits[:, new].masked_fill(tagged[:, new], -torch.inf)]
-        return logits.masked_fill(~tagged, -torch.inf)[:, new].amax(1) - torch.cat(others, dim=1).amax(1)
 
     def _run_encoders(self, batch: Batch) -> tuple[list[Tensor], list[Tensor]]:
         """Return the features of this network and of the old one; a frozen encoder is one for both."""
