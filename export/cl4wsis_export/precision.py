@@ -133,14 +133,16 @@ def network_nodes(model: ir.Model) -> list[ir.Node]:
 
 def head_nodes(model: ir.Model) -> list[ir.Node]:
     """Return the last layers before the maps, and what joins the parts that several steps have added."""
-    heads = []
+    heads: dict[ir.Node, None] = {}  # an ordered set: what joins the parts may use a value several times
     waiting = [node for node in model.graph if any(value.name in MAP_NAMES for value in node.outputs)]
     while waiting:
         node = waiting.pop()
-        heads.append(node)
+        if node in heads:
+            continue
+        heads[node] = None
         if not is_layer(node):
             waiting += [p for value in node.inputs if value is not None and (p := value.producer()) is not None]
-    return heads
+    return list(heads)
 
 
 class _Casts:
