@@ -37,6 +37,12 @@ def test_an_object_of_two_classes_falls_to_the_one_that_has_more_of_it() -> None
     assert apply_image_prior(logits, 1.0).argmax(1).unique().tolist() == [1]
 
 
+def test_an_image_that_is_nothing_but_background_keeps_its_logits() -> None:
+    logits = torch.zeros(1, 3, 4, 4)
+    logits[:, 0] = 500.0  # all other probabilities are 0 in float32
+    torch.testing.assert_close(apply_image_prior(logits, 1.0), logits)
+
+
 @pytest.mark.parametrize("image_prior", [0.0, 1.0])
 def test_the_network_applies_it_outside_of_training_only(image_prior: float) -> None:
     settings = load_plan("shapes", ["recipe.network.weights=none", f"recipe.network.image_prior={image_prior}"])

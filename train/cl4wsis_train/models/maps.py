@@ -16,6 +16,7 @@ FAST_STRIDE = 4
 """Network-input pixels per cell of the ``fast`` profile's grid."""
 
 _SMALLEST_SHARE = 1e-3
+_SMALLEST_MASS = 1e-12  # where background is so sure that all other probabilities are 0
 
 
 class GroupingMaps(NamedTuple):
@@ -40,7 +41,7 @@ def apply_image_prior(semantic_logits: Tensor, exponent: float) -> Tensor:
         semantic_logits: (B, C, h, w), raw; channel 0 is background.
         exponent: 0 changes nothing, 1 takes the shares as prior probabilities.
     """
-    mass = semantic_logits.softmax(dim=1)[:, 1:].mean(dim=(2, 3), keepdim=True)
+    mass = semantic_logits.softmax(dim=1)[:, 1:].mean(dim=(2, 3), keepdim=True) + _SMALLEST_MASS
     share = mass / mass.sum(dim=1, keepdim=True) + _SMALLEST_SHARE
     prior = exponent * (share / share.amax(dim=1, keepdim=True)).log()
     return torch.cat([semantic_logits[:, :1], semantic_logits[:, 1:] + prior], dim=1)
