@@ -7,7 +7,7 @@ windows, smallest areas) are stated for a crop of ``reference_size`` pixels and 
 
 from typing import Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from cl4wsis.config import Settings
 from cl4wsis.grouping import GroupingSpec
@@ -50,9 +50,30 @@ class NetworkSettings(Settings):
     """Exponent of the shares that the classes have of an image's objects, by which a trained network multiplies their
     probabilities in each of its pixels. 0 as published: a pixel's class depends on the pixel's features alone, and one
     object often falls to several classes. Above 0 (1 is Bayes' rule) single objects of rare classes may be lost."""
+    discriminant: float = Field(0.0, ge=0)
+    """Strength of a linear discriminant of the encoder's last features, which from step 1 on corrects the class of each
+    object pixel. 0 as published: what tells new classes from old ones is left to training on images that show no old
+    objects. Needs an encoder that stays as it is (``semantic.train_encoder = false``), in every step after step 0."""
+    discriminant_window: int = Field(7, gt=0)
+    """Side, in cells of the last features, of the square over which the discriminant is averaged; odd."""
+
+    @field_validator("discriminant_window")
+    @classmethod
+    def _check_window(cls, value: int) -> int:
+        if value % 2 == 0:
+            raise ValueError(f"must be odd, got {value}")
+        return value
 
 
-LEARNING_FIELDS = ("encoder_statistics", "head_init", "new_class_init", "localizer_channels", "image_prior")
+LEARNING_FIELDS = (
+    "encoder_statistics",
+    "head_init",
+    "new_class_init",
+    "localizer_channels",
+    "image_prior",
+    "discriminant",
+    "discriminant_window",
+)
 """Fields of :class:`NetworkSettings` that say how a step learns and answers. The others describe the weights and are
 those of step 0, whatever a later step's recipe says."""
 
@@ -251,6 +272,11 @@ class Recipe(Settings):
             raise ValueError(f"crop_size {self.crop_size} must be a multiple of {stride}")
         if any(side % stride or side < stride for side in self.input_size):
             raise ValueError(f"input_size {self.input_size} must be multiples of {stride}")
+        if self.network.discriminant and self.semantic.train_encoder:
+            raise ValueError(
+                "network.discriminant needs an encoder that stays as it is; set semantic.train_encoder = false, or "
+                "network.discriminant = 0"
+            )
         if self.evaluation != EvaluationSettings() and self.grouping.profile != "paper":
             raise ValueError(
                 f"evaluation.align_corners and evaluation.rescale_offsets belong to grouping.profile 'paper', "

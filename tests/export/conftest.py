@@ -9,6 +9,7 @@ pytest.importorskip("onnxruntime", reason="verification needs the extra 'cpu'")
 
 import torch
 from tiny import tiny_plan
+from torch import nn
 
 from cl4wsis.grouping import GroupingSpec
 from cl4wsis.steps import ClassInfo, InputRule, StepInfo
@@ -21,7 +22,13 @@ from cl4wsis_train.models.network import InstanceSegmenter
 def step_info() -> StepInfo:
     """Describe step 1 of a plan of three and two classes, at 64x96 px."""
     steps = 'steps=[["disc", "square", "star"], ["ring", "cross"]]'
-    plan = tiny_plan("recipe.input_size=[64, 96]", "recipe.network.image_prior=1.0", steps)
+    corrections = ["image_prior=1.0", "discriminant=0.5", "discriminant_window=3"]
+    plan = tiny_plan(
+        "recipe.input_size=[64, 96]",
+        "recipe.semantic.train_encoder=false",
+        *(f"recipe.network.{correction}" for correction in corrections),
+        steps,
+    )
     names = plan.split(1).seen_names
     classes = (ClassInfo(name=n, step_added=int(i > 2), color=class_color(i)) for i, n in enumerate(names))
     network = InstanceSegmenter(plan.recipe.network, (3, 2))
@@ -49,6 +56,8 @@ def network(step_info: StepInfo) -> InstanceSegmenter:
         for head in network.semantic_branch.classifier.parameters():
             head.mul_(20)  # untrained logits are so flat that one class would fill the image
         network.instance_branch.offset_head.weight.mul_(20)
+        assert network.discriminant is not None
+        nn.init.normal_(network.discriminant.weight, std=2.0)
     return network
 
 

@@ -12,11 +12,12 @@ from torch.nn import functional
 from torch.utils.data import DataLoader
 
 from cl4wsis.errors import DataError
+from cl4wsis.geometry import fit_image
 from cl4wsis.tasks import Plan
 from cl4wsis_train.data import loading
 from cl4wsis_train.data.batch import Batch, Sample, collate
-from cl4wsis_train.data.loading import SeededSampler, build_training_loader
-from cl4wsis_train.data.splits import build_step_view
+from cl4wsis_train.data.loading import MaskedPictures, SeededSampler, build_fitted_loader, build_training_loader
+from cl4wsis_train.data.splits import build_step_view, select_masked_pictures
 from cl4wsis_train.data.transforms import Augmentation
 
 STEPS = (("a", "b"), ("c",), ("d",))
@@ -511,3 +512,24 @@ def test_whole_image_is_taken_when_no_crop_fits() -> None:
     assert new_ids is not None
     expected = torch.from_numpy(ids)
     assert torch.equal(new_ids, expected) or torch.equal(new_ids, expected.flip(1))
+
+
+def test_fitted_images_are_those_of_deployment_and_all_are_there() -> None:
+    plan, padding = shapes_plan(10, recipe={"input_size": [64, 96]}), [10, 20, 30]
+    batches = list(build_fitted_loader(plan, 0, "base", 4, padding))
+    assert [len(batch.images) for batch in batches] == [4, 4, 2]
+    view = build_step_view(plan, 0, "base")
+    pictures = MaskedPictures(select_masked_pictures(plan, 0, view), view)
+    for index in range(10):
+        batch, picture = batches[index // 4], pictures[index]
+        frame, transform = fit_image(picture.image, (64, 96), padding)
+        assert np.array_equal(batch.images[index % 4].permute(1, 2, 0), frame)
+        assert picture.instance_ids is not None
+        assert batch.instance_ids is not None
+        assert np.array_equal(batch.instance_ids[index % 4], transform.fit_ids(picture.instance_ids))
+
+
+def test_fitted_images_of_later_steps_have_tags_alone() -> None:
+    batch = next(iter(build_fitted_loader(shapes_plan(), 1, "semantic", 4, [0, 0, 0])))
+    assert (batch.instance_ids, batch.labels) == (None, None)
+    assert batch.image_labels.any(1).all()

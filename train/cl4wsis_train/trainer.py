@@ -21,7 +21,7 @@ from torch import nn
 import cl4wsis
 from cl4wsis.datasets import check_sources
 from cl4wsis.errors import RunError
-from cl4wsis.recipe import LEARNING_FIELDS, OptimizerSettings, Recipe
+from cl4wsis.recipe import LEARNING_FIELDS, NetworkSettings, OptimizerSettings, Recipe
 from cl4wsis.steps import (
     WEIGHTS_FILE,
     ClassInfo,
@@ -43,7 +43,7 @@ from cl4wsis_train.checkpoint import (
     save_progress,
     save_tensors,
 )
-from cl4wsis_train.data.loading import build_training_loader
+from cl4wsis_train.data.loading import build_fitted_loader, build_training_loader
 from cl4wsis_train.evaluate import evaluate_network
 from cl4wsis_train.log import TrainingLog
 from cl4wsis_train.models.network import InstanceSegmenter
@@ -217,6 +217,7 @@ class _StepTraining:
         if self.recipe.method != "cl4wsis" or self.step == 0:
             base = BasePhase(network, self.recipe)
             self._run_phase("base", base, self.recipe.base.epochs, self.recipe.base.optimizer, progress, log)
+            self._fit_discriminant(base, "base")
             return network
         assert old_network is not None
         semantic = SemanticPhase(network, old_network, self.recipe, self.split, self.plan.all_seen_labels)
@@ -226,6 +227,7 @@ class _StepTraining:
             self._run_phase("semantic", semantic, settings.epochs, settings.optimizer, progress, log)
             if settings.yielded_share:
                 self._lower_new_classes(semantic, settings.yielded_share)
+            self._fit_discriminant(semantic, "semantic")
             self._save_on_main(result, semantic.state_dict())
             progress = None
         else:
@@ -243,16 +245,30 @@ class _StepTraining:
         drop = phase.lower_new_classes((batch.to(self.fabric.device) for batch in loader), share)
         self.report(f"logits of the new classes lowered by {drop:.2f}")
 
+    def _fit_discriminant(self, phase: BasePhase | SemanticPhase, name: Literal["base", "semantic"]) -> None:
+        """Let the discriminant know the classes of this step; every process goes through all images."""
+        network = phase.network.eval()
+        if network.discriminant is None:
+            return
+        padding = [round(value) for value in network.mean]
+        loader = build_fitted_loader(self.plan, self.step, name, getattr(self.recipe, name).batch_size, padding)
+        with torch.no_grad():
+            network.discriminant.fit(phase.labelled_features(batch.to(self.fabric.device)) for batch in loader)
+
     def _build_networks(self) -> tuple[InstanceSegmenter, InstanceSegmenter | None]:
         """Build the network of this step, started from the previous one, and the previous one itself."""
         counts = _class_counts(self.plan, self.step)
         if self.previous is None:
-            return InstanceSegmenter(self.recipe.network, counts), None
+            return InstanceSegmenter(self._network_settings(self.recipe.network), counts), None
         old_network, info = load_step(self.previous)
         settings = info.network.model_copy(update={"weights": "none", **_training_settings(self.recipe)})
-        network = InstanceSegmenter(settings, counts)
+        network = InstanceSegmenter(self._network_settings(settings), counts)
         network.load_previous(old_network.state_dict())
         return network, old_network
+
+    def _network_settings(self, settings: NetworkSettings) -> NetworkSettings:
+        """Leave the discriminant to the method: the supervised baselines learn from masks what tells classes apart."""
+        return settings if self.recipe.method == "cl4wsis" else settings.model_copy(update={"discriminant": 0.0})
 
     def _inherited_parameters(self, network: InstanceSegmenter) -> list[nn.Parameter]:
         """List the parameters of the branches that the previous step's network has as well."""

@@ -32,7 +32,7 @@ from cl4wsis_train.data.splits import (
     select_masked_pictures,
     select_weak_pictures,
 )
-from cl4wsis_train.data.transforms import Augmentation
+from cl4wsis_train.data.transforms import Augmentation, Fitting, JointTransform
 from cl4wsis_train.processes import num_processes
 
 _CACHE_BYTES = 512 * 2**20
@@ -117,16 +117,16 @@ class MaskedPictures(Sequence[DecodedPicture]):
 
 
 class StepDataset(Dataset[Sample]):
-    """Augmented training images of one step; an item is asked for with its seed.
+    """Transformed training images of one step; an item is asked for with its seed.
 
     Args:
-        pictures: what to augment.
-        augmentation: how.
+        pictures: what to transform.
+        transform: an augmentation, or the deployed preprocessing.
     """
 
-    def __init__(self, pictures: Sequence[DecodedPicture], augmentation: Augmentation) -> None:
+    def __init__(self, pictures: Sequence[DecodedPicture], transform: JointTransform) -> None:
         self._pictures = pictures
-        self._augmentation = augmentation
+        self._transform = transform
 
     def __len__(self) -> int:
         return len(self._pictures)
@@ -136,9 +136,9 @@ class StepDataset(Dataset[Sample]):
         picture = self._pictures[index]
         image_labels = torch.from_numpy(picture.image_labels)
         if picture.instance_ids is None or picture.labels is None:
-            image, proposals = self._augmentation(picture.image, picture.proposals, seed)
+            image, proposals = self._transform(picture.image, picture.proposals, seed)
             return Sample(image, image_labels, proposals=proposals)
-        image, instance_ids = self._augmentation(picture.image, picture.instance_ids, seed)
+        image, instance_ids = self._transform(picture.image, picture.instance_ids, seed)
         assert instance_ids is not None
         void = instance_ids == VOID_ID
         return Sample(
@@ -199,28 +199,67 @@ def build_training_loader(plan: Plan, step: int, phase: PhaseName, batch_size: i
         DataError: annotations cannot be read, or no image belongs to the step.
         ValueError: the phase does not exist in this step.
     """
-    view = build_step_view(plan, step, phase)
-    pictures: Sequence[DecodedPicture]
-    if view.mask_names:
-        pictures = MaskedPictures(select_masked_pictures(plan, step, view), view)
-    else:
-        pictures = TaggedPictures(select_weak_pictures(plan, step, view), view, plan.data.proposal_folder)
     recipe = plan.recipe
-    dataset = StepDataset(_decode_if_small(pictures), Augmentation(recipe.crop_size, recipe.crop_area))
+    pictures = _decode_if_small(_select_pictures(plan, step, phase))
+    dataset = StepDataset(pictures, Augmentation(recipe.crop_size, recipe.crop_area))
     generator = torch.Generator().manual_seed(seed)
     global_batch_size = batch_size * num_processes()
+    sampler = SeededSampler(len(pictures), global_batch_size, generator, global_batch_size)
+    return _build_loader(dataset, batch_size, sampler, recipe.num_workers, generator)
+
+
+def build_fitted_loader(
+    plan: Plan, step: int, phase: PhaseName, batch_size: int, padding: Sequence[int]
+) -> "DataLoader[Batch]":
+    """Build a loader that goes once through all images of a phase, preprocessed as deployed, in the order of the data.
+
+    Every process gets all images.
+
+    Args:
+        plan: gives data, recipe and classes.
+        step: step number.
+        phase: as in :func:`build_training_loader`.
+        batch_size: images per batch; the last batch may be smaller.
+        padding: 3 values (RGB) of the pixels that no image covers.
+
+    Raises:
+        DataError: annotations cannot be read, or no image belongs to the step.
+        ValueError: the phase does not exist in this step.
+    """
+    pictures = _select_pictures(plan, step, phase)
+    dataset = StepDataset(pictures, Fitting(plan.recipe.input_size, padding))
+    draws = [(index, 0) for index in range(len(pictures))]
+    return _build_loader(dataset, batch_size, draws, plan.recipe.num_workers)
+
+
+def _select_pictures(plan: Plan, step: int, phase: PhaseName) -> Sequence[DecodedPicture]:
+    """Select the images of a phase, to be decoded when asked for."""
+    view = build_step_view(plan, step, phase)
+    if view.mask_names:
+        return MaskedPictures(select_masked_pictures(plan, step, view), view)
+    return TaggedPictures(select_weak_pictures(plan, step, view), view, plan.data.proposal_folder)
+
+
+def _build_loader(
+    dataset: StepDataset,
+    batch_size: int,
+    sampler: Sampler[Draw] | Sequence[Draw],
+    num_workers: int,
+    generator: torch.Generator | None = None,
+) -> "DataLoader[Batch]":
+    """Build a loader; one with a generator is gone through many times, in full batches."""
     loader = DataLoader(
         dataset,
         batch_size=batch_size,
-        sampler=SeededSampler(len(pictures), global_batch_size, generator, global_batch_size),
-        num_workers=recipe.num_workers,
+        sampler=sampler,
+        num_workers=num_workers,
         collate_fn=collate,
         pin_memory=torch.cuda.is_available(),
-        drop_last=True,
+        drop_last=generator is not None,
         generator=generator,
-        persistent_workers=recipe.num_workers > 0,
-        multiprocessing_context=_worker_context() if recipe.num_workers else None,
-        worker_init_fn=_use_one_thread if recipe.num_workers else None,
+        persistent_workers=generator is not None and num_workers > 0,
+        multiprocessing_context=_worker_context() if num_workers else None,
+        worker_init_fn=_use_one_thread if num_workers else None,
     )
     return cast("DataLoader[Batch]", loader)
 

@@ -1,11 +1,12 @@
-"""Joint augmentation of an image and its id map.
+"""Joint augmentation of an image and its id map, and what stands in its place where images are seen as deployed.
 
 Random resized crop and horizontal flip, as published (CL4WSIS, ICCV 2023): the crop's area is a share of the image area
 uniform in a range that may exceed 1, its aspect ratio is log-uniform in [3/4, 4/3]; after ten tries that do not fit,
 the largest centered crop of an allowed aspect is taken. Colors are left alone.
 """
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -14,8 +15,29 @@ from torch import Tensor
 from torchvision import tv_tensors
 from torchvision.transforms import InterpolationMode, v2
 
+from cl4wsis.geometry import fit_image
+
 _ASPECT_RATIOS = (3 / 4, 4 / 3)
 _FLIP_PROBABILITY = 0.5
+
+
+class JointTransform(Protocol):
+    """Turns an image and its id map into tensors of one size."""
+
+    def __call__(
+        self, image: NDArray[np.uint8], instance_ids: NDArray[np.int32] | None, seed: int
+    ) -> tuple[Tensor, Tensor | None]:
+        """Transform one image.
+
+        Args:
+            image: (h, w, 3) uint8.
+            instance_ids: (h, w) int32, or None.
+            seed: equal seeds give equal results.
+
+        Returns:
+            image (3, H, W) uint8 and, if given, instance_ids (H, W) int32.
+        """
+        ...
 
 
 class JointResizedCrop(v2.RandomResizedCrop):  # type: ignore[misc]
@@ -60,16 +82,7 @@ class Augmentation:
     def __call__(
         self, image: NDArray[np.uint8], instance_ids: NDArray[np.int32] | None, seed: int
     ) -> tuple[Tensor, Tensor | None]:
-        """Augment one image.
-
-        Args:
-            image: (H, W, 3) uint8.
-            instance_ids: (H, W) int32, or None.
-            seed: equal seeds give equal results.
-
-        Returns:
-            image (3, crop_size, crop_size) uint8 and, if given, instance_ids (crop_size, crop_size) int32.
-        """
+        """Augment one image; see :class:`JointTransform`."""
         inputs = [tv_tensors.Image(torch.from_numpy(image).permute(2, 0, 1))]
         if instance_ids is not None:
             inputs.append(tv_tensors.Mask(torch.from_numpy(instance_ids)))
@@ -78,3 +91,23 @@ class Augmentation:
             torch.manual_seed(seed)
             outputs = [output.as_subclass(Tensor).contiguous() for output in self._transform(inputs)]
         return outputs[0], outputs[1] if instance_ids is not None else None
+
+
+class Fitting:
+    """The preprocessing that is deployed: the image fitted into the network input and padded.
+
+    Args:
+        input_size: (height, width) of the network input, px.
+        padding: 3 values of the pixels that no image covers.
+    """
+
+    def __init__(self, input_size: tuple[int, int], padding: Sequence[int]) -> None:
+        self._input_size, self._padding = input_size, padding
+
+    def __call__(
+        self, image: NDArray[np.uint8], instance_ids: NDArray[np.int32] | None, seed: int
+    ) -> tuple[Tensor, Tensor | None]:
+        """Fit one image, the same with every seed; see :class:`JointTransform`."""
+        frame, transform = fit_image(image, self._input_size, self._padding)
+        ids = None if instance_ids is None else torch.from_numpy(transform.fit_ids(instance_ids))
+        return torch.from_numpy(frame).permute(2, 0, 1).contiguous(), ids

@@ -16,12 +16,14 @@ from cl4wsis.errors import RunError
 from cl4wsis.recipe import NetworkSettings
 from cl4wsis_train.models.aspp import InstancePyramid, SemanticPyramid
 from cl4wsis_train.models.decoder import InstanceDecoder, SeparableConvolution
+from cl4wsis_train.models.discriminant import LinearDiscriminant
 from cl4wsis_train.models.encoder import build_encoder
 from cl4wsis_train.models.heads import StepHeads
 from cl4wsis_train.models.maps import apply_image_prior
 
 _OFFSET_CHANNELS = 32
 _CLASS_PRIOR = 0.05  # share of pixels that a class is taken to have before anything is learned
+_STATISTICS = "discriminant."  # what their names begin with
 _LARGEST_DILATION = 32  # of the published pyramid at stride 8: 12, 24, 32
 
 
@@ -114,6 +116,7 @@ class InstanceSegmenter(nn.Module):
         self.encoder = build_encoder(settings.encoder, settings.output_stride, settings.weights)
         self.semantic_branch = SemanticBranch(settings, self.encoder.channels[-1], class_counts)
         self.instance_branch = InstanceBranch(settings, self.encoder.channels, class_counts)
+        self.discriminant = _build_discriminant(settings, self.encoder.channels[-1], class_counts)
         self._class_counts = tuple(class_counts)
         if settings.head_init == "prior":
             self._init_heads()
@@ -153,21 +156,29 @@ class InstanceSegmenter(nn.Module):
         return normalized.contiguous(memory_format=torch.channels_last)
 
     def forward(self, images: Tensor) -> SegmenterOutput:
-        """Return all three maps; outside of training, classes with the weight that the image gives them.
+        """Return all three maps; outside of training, with classes as discriminant and image correct them.
 
         Args:
             images: (B, 3, H, W), normalised; H and W are multiples of 32 as the recipe demands.
         """
         features = self.encoder(images)
         semantic_logits = self.forward_semantic(features)
-        if self.settings.image_prior and not self.training:
-            semantic_logits = apply_image_prior(semantic_logits, self.settings.image_prior)
+        if not self.training:
+            semantic_logits = self.correct_classes(features, semantic_logits)
         return SegmenterOutput(semantic_logits, *self.forward_instance(features))
 
     def forward_semantic(self, features: Sequence[Tensor]) -> Tensor:
         """Return ``semantic_logits`` (B, C, h, w) from the four encoder features."""
         logits: Tensor = self.semantic_branch(features)
         return logits
+
+    def correct_classes(self, features: Sequence[Tensor], semantic_logits: Tensor) -> Tensor:
+        """Correct the classes of ``forward_semantic``'s answer as ``settings`` say; the discriminant from step 1 on."""
+        if self.discriminant is not None and len(self.class_counts) > 1:
+            semantic_logits = self.discriminant(features[-1], semantic_logits)
+        if self.settings.image_prior:
+            semantic_logits = apply_image_prior(semantic_logits, self.settings.image_prior)
+        return semantic_logits
 
     def forward_instance(self, features: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """Return ``center_heatmap`` and ``offset_map`` from the four encoder features."""
@@ -212,7 +223,9 @@ class InstanceSegmenter(nn.Module):
         """
         if len(self.class_counts) < 2:
             raise ValueError("load_previous needs a network of at least two steps; use load_state_dict for the first")
-        own = self.state_dict()
+        statistics = {key.removeprefix(_STATISTICS): state[key] for key in state if key.startswith(_STATISTICS)}
+        state = {key: tensor for key, tensor in state.items() if not key.startswith(_STATISTICS)}
+        own = {key: tensor for key, tensor in self.state_dict().items() if not key.startswith(_STATISTICS)}
         added = len(self.class_counts) - 1
         new_heads = (f"semantic_branch.classifier.{added}.", f"instance_branch.center_head.{added}.")
         kept = {key: tensor for key, tensor in own.items() if not key.startswith(new_heads)}
@@ -230,7 +243,9 @@ class InstanceSegmenter(nn.Module):
                 f"{list(self.class_counts[:-1])}: {'; '.join(problems[:3])}{rest}. Train every step of a plan with the "
                 "same recipe.network"
             )
-        self.load_state_dict({**own, **state})
+        if self.discriminant is not None:
+            self.discriminant.load_previous(statistics)
+        self.load_state_dict({**self.state_dict(), **state})
         self._init_new_classes()
 
     def _init_new_classes(self) -> None:
@@ -243,3 +258,12 @@ class InstanceSegmenter(nn.Module):
         elif self.settings.new_class_init == "old_mean":
             classifier.init_from_mean(first=1)
             center_head.init_from_mean(first=0)
+
+
+def _build_discriminant(
+    settings: NetworkSettings, num_features: int, class_counts: Sequence[int]
+) -> LinearDiscriminant | None:
+    """Build one where it is asked for, and in step 0 always: later steps may want its statistics."""
+    if not settings.discriminant and len(class_counts) > 1:
+        return None
+    return LinearDiscriminant(num_features, class_counts, settings.discriminant, settings.discriminant_window)

@@ -1,15 +1,20 @@
 """Supervised training on masks: step 0, and the baselines (CL4WSIS, ICCV 2023, section 3)."""
 
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
 from cl4wsis.recipe import Recipe
 from cl4wsis_train.data.batch import Batch
 from cl4wsis_train.data.targets import encode_instance_targets, semantic_target_from_ids
 from cl4wsis_train.losses.instance import center_loss, offset_loss
 from cl4wsis_train.losses.semantic import semantic_bce_loss
+from cl4wsis_train.models.discriminant import NO_CLASS
 from cl4wsis_train.models.network import InstanceSegmenter
 from cl4wsis_train.phases.common import Losses, Phase, global_count, upsample
 from cl4wsis_train.processes import num_processes
+
+_HALF = 0.5
 
 
 class BasePhase(Phase):
@@ -53,3 +58,16 @@ class BasePhase(Phase):
             "center": self.settings.instance_loss.center_weight * center,
             "offset": self.offset_weight * offset,
         }
+
+    def labelled_features(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Return what the discriminant learns from a batch: for each cell, the class that has more than half of it.
+
+        Returns:
+            features (B, d, h, w), the encoder's last, and class or ``NO_CLASS`` (B, h, w).
+        """
+        assert batch.instance_ids is not None
+        assert batch.labels is not None
+        features = self.network.encoder(self.network.normalize(batch.images))[-1]
+        pixels = semantic_target_from_ids(batch.instance_ids, batch.labels, self.network.num_classes)
+        shares, classes = F.adaptive_avg_pool2d(pixels[:, 1:].float(), features.shape[2:]).max(1)
+        return features, classes.masked_fill(shares <= _HALF, NO_CLASS)

@@ -21,6 +21,7 @@ from cl4wsis_train.losses.cam import flac_loss, random_dropout_loss
 from cl4wsis_train.losses.distill import encoder_distillation_loss, localizer_distillation_loss
 from cl4wsis_train.losses.semantic import classification_loss, self_training_loss, semantic_bce_loss
 from cl4wsis_train.models.affinity import PixelAdaptiveRefinement
+from cl4wsis_train.models.discriminant import NO_CLASS
 from cl4wsis_train.models.localizer import (
     Localizer,
     PeakAttention,
@@ -135,6 +136,19 @@ class SemanticPhase(Phase):
         drop = float(np.quantile(found, share)) if len(found) else 0.0
         self.network.semantic_branch.classifier.convolutions[-1].get_parameter("bias").sub_(drop)
         return drop
+
+    def labelled_features(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Return what the discriminant learns from a batch: cells in which the semantic branch sees a tagged new class.
+
+        Returns:
+            features (B, d, h, w), the encoder's last, and class or ``NO_CLASS`` (B, h, w).
+        """
+        features = self.network.encoder(self.network.normalize(batch.images))
+        logits = self.network.forward_semantic(features).float()  # (B, C, h, w)
+        untagged = _with_background(batch.image_labels) == 0
+        untagged[:, self.split.semantic_old] = False
+        classes = logits.masked_fill(untagged[:, :, None, None], -torch.inf).argmax(1) - 1
+        return features[-1], classes.masked_fill(classes < self.split.num_old_classes, NO_CLASS)
 
     def _run_encoders(self, batch: Batch) -> tuple[list[Tensor], list[Tensor]]:
         """Return the features of this network and of the old one; a frozen encoder is one for both."""
