@@ -137,6 +137,10 @@ class SemanticPhase(Settings):
     """How far old classes are lowered in the semantic target where the activation maps show a new class:
     P'_c (1 - suppress_old * max_n Q_n). 0 as published: there, a new object that looks like an old class is taught as
     both. 1 learns new classes best and forgets similar old ones."""
+    proposals: Literal["refine", "replace", "ignore"] = "refine"
+    """What mask proposals, where the plan names a folder of them, do to the activation maps of the semantic target:
+    ``refine``: the pixels of a proposal share its mean, others keep their own; ``replace``: the same, and what nobody
+    proposed is background. The publication has no proposals."""
     encoder_distillation: float = Field(1.0, ge=0)
     """Weight of the encoder's feature distillation; 0 switches it off."""
     localizer_distillation: float = Field(1.0, ge=0)

@@ -5,6 +5,7 @@ import torch
 from cl4wsis.tasks import ClassSplit
 from cl4wsis_train.models.affinity import PixelAdaptiveRefinement
 from cl4wsis_train.pseudo.semantic import (
+    average_over_proposals,
     mask_by_labels,
     random_dropout_mask,
     self_training_target,
@@ -147,3 +148,28 @@ def test_old_classes_yield_to_new_ones_where_asked():
     assert halved.flatten().tolist() == pytest.approx([0.0, 0.4, 1.0], abs=1e-6)
     assert published.flatten().tolist() == pytest.approx([0.0, 0.8, 1.0], abs=1e-6)
     assert suppressed.flatten().tolist() == pytest.approx([0.0, 0.0, 1.0], abs=1e-6)
+
+
+@pytest.mark.parametrize("keep_rest", [True, False])
+def test_pixels_of_a_proposal_share_its_mean(keep_rest):
+    probs = random_case()[0].softmax(1)
+    proposals = torch.zeros(3, 12, 14, dtype=torch.int32)  # twice as fine as the maps
+    proposals[0, 2:8, 4:10] = 7
+    proposals[0, 8:, :2] = 2
+    proposals[1, :4] = 7  # the same number in another image is another proposal
+    found = average_over_proposals(probs, proposals, keep_rest)
+    for b, y, x in np.ndindex(3, 6, 7):
+        number = proposals[b, 2 * y + 1, 2 * x + 1]
+        if number:
+            members = proposals[b, 1::2, 1::2] == number
+            expected = probs[b][:, members].mean(1)
+        else:
+            expected = probs[b, :, y, x] if keep_rest else torch.eye(5)[0]
+        torch.testing.assert_close(found[b, :, y, x], expected)
+
+
+def test_without_any_proposal_nothing_is_averaged():
+    probs = random_case()[0].softmax(1)
+    proposals = torch.zeros(3, 6, 7, dtype=torch.int32)
+    torch.testing.assert_close(average_over_proposals(probs, proposals, keep_rest=True), probs)
+    assert average_over_proposals(probs, proposals, keep_rest=False)[:, 0].min() == 1

@@ -154,6 +154,34 @@ def test_tags_of_old_classes_clean_the_segmenters_target_where_the_recipe_says_s
     assert seen["target"][0, 0, 0, 0] > 0  # background is always there
 
 
+@pytest.mark.parametrize("proposals", ["refine", "replace", "ignore"])
+def test_proposals_shape_the_semantic_target_as_the_recipe_says(
+    proposals: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    phase = tiny_phase(f"recipe.semantic.proposals={proposals}", "recipe.semantic.label_smoothing=0").eval()
+    cam_logits = torch.zeros(1, 7, 4, 4)
+    cam_logits[0, 5, 0, 0] = 5.0  # one cell of the left half, which is a proposal
+    images = batch(TAGS[:1])
+    ids = torch.zeros(1, 64, 64, dtype=torch.int32)
+    ids[:, :, :32] = 1
+    images = Batch(images.images, images.image_labels, proposals=ids)
+    seen = {}
+
+    def spy(logits: Tensor, target: Tensor) -> Tensor:
+        seen["target"] = target[0, 5]
+        return logits.sum()
+
+    monkeypatch.setattr("cl4wsis_train.phases.semantic.semantic_bce_loss", spy)
+    phase._semantic_loss(images, cam_logits, torch.zeros(1, 7, 4, 4), torch.zeros(1, 5, 4, 4))
+    peak = math.exp(5) / (math.exp(5) + 6)
+    left, right = seen["target"][:, :2], seen["target"][:, 2:]
+    if proposals == "ignore":
+        assert left.flatten().tolist() == pytest.approx([peak, *[1 / 7] * 7])
+    else:
+        assert left.flatten().tolist() == pytest.approx([(peak + 7 / 7) / 8] * 8)
+    assert right.flatten().tolist() == pytest.approx([0.0 if proposals == "replace" else 1 / 7] * 8)
+
+
 def test_without_tags_of_old_classes_there_is_nothing_to_clean() -> None:
     losses = [
         tiny_phase(f"recipe.semantic.clean_old_targets={value}")

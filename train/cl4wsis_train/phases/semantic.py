@@ -31,7 +31,12 @@ from cl4wsis_train.models.localizer import (
 from cl4wsis_train.models.network import InstanceSegmenter
 from cl4wsis_train.phases.common import Losses, Phase, freeze, global_count, upsample
 from cl4wsis_train.processes import draw_for_images
-from cl4wsis_train.pseudo.semantic import random_dropout_mask, self_training_target, semantic_target
+from cl4wsis_train.pseudo.semantic import (
+    average_over_proposals,
+    random_dropout_mask,
+    self_training_target,
+    semantic_target,
+)
 
 _FINE_STRIDE = 4  # of the refined target, as of the instance branch
 
@@ -216,6 +221,8 @@ class SemanticPhase(Phase):
             size = [side // _FINE_STRIDE for side in batch.images.shape[2:]]
             cam_probs = self.refinement(batch.images.float() / 255, upsample(cam_probs, size))
             semantic_logits, old_logits = upsample(semantic_logits, size), upsample(old_logits, size)
+        if batch.proposals is not None and settings.proposals != "ignore":
+            cam_probs = average_over_proposals(cam_probs, batch.proposals, keep_rest=settings.proposals == "refine")
         old_probs = old_logits.sigmoid()
         if settings.clean_old_targets:
             old_probs = self._without_absent_classes(old_probs, batch.image_labels)

@@ -8,6 +8,7 @@ of the decoder in evaluation mode, detached.
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from cl4wsis.tasks import ClassSplit
@@ -83,6 +84,30 @@ def semantic_target(
         if suppress_old:
             target[:, 1:num_old] *= 1 - suppress_old * target[:, num_old:].amax(dim=1, keepdim=True)
     return target
+
+
+def average_over_proposals(probs: Tensor, proposals: Tensor, keep_rest: bool) -> Tensor:
+    """Give all pixels of a mask proposal the mean probabilities of its pixels.
+
+    Args:
+        probs: (B, C, h, w), background first.
+        proposals: (B, H, W) ids of class-agnostic proposals, 0 none; read at the centers of the (h, w) cells.
+        keep_rest: whether pixels of no proposal keep their probabilities; otherwise they become background.
+
+    Returns:
+        (B, C, h, w).
+    """
+    with torch.no_grad():
+        batch, channels, height, width = probs.shape
+        ids = F.interpolate(proposals[:, None].float(), size=(height, width), mode="nearest-exact")  # exact below 2^24
+        ids = ids.long().flatten(1)  # (B, h w)
+        numbers = ids + torch.arange(batch, device=ids.device)[:, None] * (int(ids.max()) + 1)
+        _, regions, areas = torch.unique(numbers, return_inverse=True, return_counts=True)  # (B, h w), (R,)
+        pixels = probs.permute(0, 2, 3, 1).reshape(-1, channels)
+        sums = pixels.new_zeros(len(areas), channels).index_add_(0, regions.flatten(), pixels)
+        rest = pixels if keep_rest else F.one_hot(torch.zeros_like(regions.flatten()), channels).to(probs.dtype)
+        averaged = torch.where(ids.flatten()[:, None] > 0, (sums / areas[:, None])[regions.flatten()], rest)
+        return averaged.view(batch, height, width, channels).permute(0, 3, 1, 2)
 
 
 def self_training_target(
