@@ -1,8 +1,8 @@
 """Settings read from TOML: ``extends``, dotted overrides, and errors that name the nearest known field.
 
 Every settings class derives from :class:`Settings`: frozen, and closed against unknown fields. A file may name one
-other file to start from (``extends = "base.toml"``, relative to itself), and any field can be set from outside with a
-dotted path (``recipe.base.epochs=5``).
+other file to start from: ``extends = "base.toml"``, relative to itself, or ``extends = "own-data/base"``, which comes
+with the package. Any field can be set from outside with a dotted path (``recipe.base.epochs=5``).
 """
 
 import difflib
@@ -85,7 +85,9 @@ def _read_toml(path: Path, readers: tuple[Path, ...]) -> dict[str, Any]:
         return tables
     if not isinstance(parent, str):
         raise ConfigError(f"{path}: 'extends' must be the name of one file, found {parent!r}")
-    return merge(_read_toml(path.parent / parent, (*readers, resolved)), tables)
+    shipped = config_folder() / f"{parent}.toml"
+    file = shipped if not parent.endswith(".toml") and shipped.is_file() else path.parent / parent
+    return merge(_read_toml(file, (*readers, resolved)), tables)
 
 
 def merge(base: Mapping[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:

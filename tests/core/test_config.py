@@ -42,6 +42,11 @@ def test_extending_file_wins_key_by_key(tmp_path: Path) -> None:
     assert read_toml(path) == expected
 
 
+def test_extends_without_an_ending_names_what_comes_with_the_package(tmp_path: Path) -> None:
+    found = read_toml(write(tmp_path, plan='extends = "own-data/base"\n[recipe]\ncrop_size = 64'))
+    assert found["recipe"] == {**read_toml(config_folder() / "own-data/base.toml")["recipe"], "crop_size": 64}
+
+
 def test_extends_is_relative_to_the_file_that_says_it(tmp_path: Path) -> None:
     (tmp_path / "sub").mkdir()
     write(tmp_path, base="seed = 4")
