@@ -55,7 +55,8 @@ class NetworkSettings(Settings):
     object pixel. 0 as published: what tells new classes from old ones is left to training on images that show no old
     objects. Needs an encoder that stays as it is (``semantic.train_encoder = false``), in every step after step 0."""
     discriminant_window: int = Field(7, gt=0)
-    """Side, in cells of the last features, of the square over which the discriminant is averaged; odd."""
+    """Side, in cells of the last features, of the square over which the discriminant is averaged; odd. A large one keeps
+    objects whole; a small one tells apart what stands side by side."""
 
     @field_validator("discriminant_window")
     @classmethod
