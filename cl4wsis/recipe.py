@@ -50,13 +50,16 @@ class NetworkSettings(Settings):
     """Exponent of the shares that the classes have of an image's objects, by which a trained network multiplies their
     probabilities in each of its pixels. 0 as published: a pixel's class depends on the pixel's features alone, and one
     object often falls to several classes. Above 0 (1 is Bayes' rule) single objects of rare classes may be lost."""
+    shared_centers: bool = False
+    """Give each class its share of the centers of all classes, in a trained network. Off as published: there, an object
+    is found only if class map and center heatmap agree on its class."""
     discriminant: float = Field(0.0, ge=0)
     """Strength of a linear discriminant of the encoder's last features, which from step 1 on corrects the class of each
     object pixel. 0 as published: what tells new classes from old ones is left to training on images that show no old
     objects. Needs an encoder that stays as it is (``semantic.train_encoder = false``), in every step after step 0."""
     discriminant_window: int = Field(7, gt=0)
-    """Side, in cells of the last features, of the square over which the discriminant is averaged; odd. A large one keeps
-    objects whole; a small one tells apart what stands side by side."""
+    """Side, in cells of the last features, of the square over which the discriminant is averaged; odd. A large one
+    keeps objects whole; a small one tells apart what stands side by side."""
 
     @field_validator("discriminant_window")
     @classmethod
@@ -72,6 +75,7 @@ LEARNING_FIELDS = (
     "new_class_init",
     "localizer_channels",
     "image_prior",
+    "shared_centers",
     "discriminant",
     "discriminant_window",
 )

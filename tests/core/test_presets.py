@@ -48,7 +48,7 @@ def test_ours_undoes_what_a_plan_has_beyond_the_publication(plan: str) -> None:
     budget |= {"instance_loss"}
     assert recipe.instance.model_dump(exclude=budget) == published.instance.model_dump(exclude=budget)
     assert (recipe.network.encoder_statistics, recipe.network.image_prior) == ("batch", 0)
-    assert recipe.network.discriminant == 0
+    assert (recipe.network.discriminant, recipe.network.shared_centers) == (0, False)
 
 
 def switches(name: str) -> dict[str, bool]:

@@ -22,7 +22,7 @@ from cl4wsis_train.models.network import InstanceSegmenter
 def step_info() -> StepInfo:
     """Describe step 1 of a plan of three and two classes, at 64x96 px."""
     steps = 'steps=[["disc", "square", "star"], ["ring", "cross"]]'
-    corrections = ["image_prior=1.0", "discriminant=0.5", "discriminant_window=3"]
+    corrections = ["image_prior=1.0", "discriminant=0.5", "discriminant_window=3", "shared_centers=true"]
     plan = tiny_plan(
         "recipe.input_size=[64, 96]",
         "recipe.semantic.train_encoder=false",

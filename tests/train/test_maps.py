@@ -1,8 +1,10 @@
+import math
+
 import pytest
 import torch
 
 from cl4wsis.tasks import load_plan
-from cl4wsis_train.models.maps import apply_image_prior
+from cl4wsis_train.models.maps import apply_image_prior, share_centers
 from cl4wsis_train.models.network import InstanceSegmenter
 
 
@@ -56,3 +58,37 @@ def test_the_network_applies_it_outside_of_training_only(image_prior: float) -> 
         network.train()  # the encoder keeps its statistics, the branches do not
         network.semantic_branch.eval()
         assert torch.equal(network(images).semantic_logits, plain)
+
+
+def test_centers_are_shared_like_the_pixels_class() -> None:
+    logits = torch.tensor([4.0, 1.0, 3.0]).view(1, 3, 1, 1).expand(1, 3, 2, 2)
+    heatmap = torch.zeros(1, 2, 8, 8)
+    heatmap[0, 0, 3, 4], heatmap[0, 1, 3, 4] = 0.5, -0.25
+    shared = share_centers(logits, heatmap)
+    second = 1 / (1 + math.exp(-2))
+    assert shared[0, :, 3, 4].tolist() == pytest.approx([0.5 * (1 - second), 0.5 * second])
+    assert shared.count_nonzero() == 2
+
+
+def test_objects_side_by_side_keep_their_own_centers() -> None:
+    logits = torch.full((1, 3, 4, 8), -20.0)
+    logits[0, 1, :, :4] = 20.0
+    logits[0, 2, :, 4:] = 20.0
+    heatmap = torch.zeros(1, 2, 16, 32)
+    heatmap[0, 0, 8, 6] = heatmap[0, 1, 8, 26] = 1.0
+    torch.testing.assert_close(share_centers(logits, heatmap), heatmap)
+
+
+def test_the_network_shares_centers_outside_of_training_only() -> None:
+    overrides = ["recipe.network.weights=none", "recipe.network.image_prior=0", "recipe.network.shared_centers=true"]
+    network = InstanceSegmenter(load_plan("shapes", overrides).recipe.network, (2, 2)).eval()
+    torch.nn.init.normal_(network.instance_branch.center_head.convolutions[0].weight)
+    images = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        features = network.encoder(images)
+        plain, _ = network.forward_instance(features)
+        expected = share_centers(network.forward_semantic(features), plain)
+        torch.testing.assert_close(network(images).center_heatmap, expected)
+        network.train()
+        network.instance_branch.eval()
+        assert torch.equal(network(images).center_heatmap, plain)

@@ -221,7 +221,8 @@ def test_phases_use_the_peak_module_of_the_recipe(module: str, kind: type) -> No
 
 def grown(init: str) -> tuple[InstanceSegmenter, InstanceSegmenter]:
     torch.manual_seed(0)
-    settings = tiny_plan(f"recipe.network.new_class_init={init}", "recipe.network.image_prior=0").recipe.network
+    plain = ["recipe.network.image_prior=0", "recipe.network.shared_centers=false"]
+    settings = tiny_plan(f"recipe.network.new_class_init={init}", *plain).recipe.network
     old, network = InstanceSegmenter(settings, (4,)).eval(), InstanceSegmenter(settings, (4, 2)).eval()
     network.load_previous(old.state_dict())
     return old, network

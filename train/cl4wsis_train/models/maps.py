@@ -47,6 +47,24 @@ def apply_image_prior(semantic_logits: Tensor, exponent: float) -> Tensor:
     return torch.cat([semantic_logits[:, :1], semantic_logits[:, 1:] + prior], dim=1)
 
 
+def share_centers(semantic_logits: Tensor, center_heatmap: Tensor) -> Tensor:
+    """Give each class its share of the centers of all classes, so that an object's center is found under its class.
+
+    Which class a center belongs to is told less well by the heatmaps than by the class map: where the two disagree, an
+    object has no center under its own class. The result is ``p_k(x) / sum_j p_j(x) * sum_j max(h_j(x), 0)``, with the
+    class probabilities p enlarged bilinearly and without background.
+
+    Args:
+        semantic_logits: (B, C, h, w), raw; channel 0 is background.
+        center_heatmap: (B, C - 1, H / 4, W / 4), raw.
+
+    Returns:
+        (B, C - 1, H / 4, W / 4), at least 0.
+    """
+    shares = _resized(semantic_logits[:, 1:].softmax(dim=1), (center_heatmap.shape[2], center_heatmap.shape[3]))
+    return shares * center_heatmap.relu().sum(dim=1, keepdim=True)
+
+
 def grouping_grid(input_size: tuple[int, int], profile: Literal["exact", "fast", "paper"]) -> tuple[int, int]:
     """Return (h, w) of the grid on which a grouping profile runs, for a network input of (height, width)."""
     if profile == "fast":

@@ -19,7 +19,7 @@ from cl4wsis_train.models.decoder import InstanceDecoder, SeparableConvolution
 from cl4wsis_train.models.discriminant import LinearDiscriminant
 from cl4wsis_train.models.encoder import build_encoder
 from cl4wsis_train.models.heads import StepHeads
-from cl4wsis_train.models.maps import apply_image_prior
+from cl4wsis_train.models.maps import apply_image_prior, share_centers
 
 _OFFSET_CHANNELS = 32
 _CLASS_PRIOR = 0.05  # share of pixels that a class is taken to have before anything is learned
@@ -156,34 +156,37 @@ class InstanceSegmenter(nn.Module):
         return normalized.contiguous(memory_format=torch.channels_last)
 
     def forward(self, images: Tensor) -> SegmenterOutput:
-        """Return all three maps; outside of training, with classes as discriminant and image correct them.
+        """Return all three maps; outside of training, with classes and centers corrected as the settings say.
 
         Args:
             images: (B, 3, H, W), normalised; H and W are multiples of 32 as the recipe demands.
         """
         features = self.encoder(images)
         semantic_logits = self.forward_semantic(features)
+        center_heatmap, offset_map = self.forward_instance(features)
         if not self.training:
-            semantic_logits = self.correct_classes(features, semantic_logits)
-        return SegmenterOutput(semantic_logits, *self.forward_instance(features))
+            semantic_logits = self._correct_classes(features, semantic_logits)
+            if self.settings.shared_centers:
+                center_heatmap = share_centers(semantic_logits, center_heatmap)
+        return SegmenterOutput(semantic_logits, center_heatmap, offset_map)
 
     def forward_semantic(self, features: Sequence[Tensor]) -> Tensor:
         """Return ``semantic_logits`` (B, C, h, w) from the four encoder features."""
         logits: Tensor = self.semantic_branch(features)
         return logits
 
-    def correct_classes(self, features: Sequence[Tensor], semantic_logits: Tensor) -> Tensor:
-        """Correct the classes of ``forward_semantic``'s answer as ``settings`` say; the discriminant from step 1 on."""
+    def forward_instance(self, features: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """Return ``center_heatmap`` and ``offset_map`` from the four encoder features."""
+        center_heatmap, offset_map = self.instance_branch(features)
+        return center_heatmap, offset_map
+
+    def _correct_classes(self, features: Sequence[Tensor], semantic_logits: Tensor) -> Tensor:
+        """Correct the classes by the discriminant, from step 1 on, and by the image."""
         if self.discriminant is not None and len(self.class_counts) > 1:
             semantic_logits = self.discriminant(features[-1], semantic_logits)
         if self.settings.image_prior:
             semantic_logits = apply_image_prior(semantic_logits, self.settings.image_prior)
         return semantic_logits
-
-    def forward_instance(self, features: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """Return ``center_heatmap`` and ``offset_map`` from the four encoder features."""
-        center_heatmap, offset_map = self.instance_branch(features)
-        return center_heatmap, offset_map
 
     def _init_heads(self) -> None:
         """Let classes begin rare, background frequent, and center heatmaps empty.
