@@ -64,10 +64,13 @@ def test_centers_are_shared_like_the_pixels_class() -> None:
     logits = torch.tensor([4.0, 1.0, 3.0]).view(1, 3, 1, 1).expand(1, 3, 2, 2)
     heatmap = torch.zeros(1, 2, 8, 8)
     heatmap[0, 0, 3, 4], heatmap[0, 1, 3, 4] = 0.5, -0.25
+    heatmap[0, :, 6, 1] = torch.tensor([0.5, 0.4])
+    heatmap[0, :, 0, 0] = torch.tensor([0.3, 1.2])
     shared = share_centers(logits, heatmap)
     second = 1 / (1 + math.exp(-2))
-    assert shared[0, :, 3, 4].tolist() == pytest.approx([0.5 * (1 - second), 0.5 * second])
-    assert shared.count_nonzero() == 2
+    for (row, column), center in {(3, 4): 0.5, (6, 1): 1 - 0.5 * 0.6, (0, 0): 1.0}.items():
+        assert shared[0, :, row, column].tolist() == pytest.approx([center * (1 - second), center * second], rel=1e-5)
+    assert shared.count_nonzero() == 6
 
 
 def test_objects_side_by_side_keep_their_own_centers() -> None:
@@ -76,7 +79,7 @@ def test_objects_side_by_side_keep_their_own_centers() -> None:
     logits[0, 2, :, 4:] = 20.0
     heatmap = torch.zeros(1, 2, 16, 32)
     heatmap[0, 0, 8, 6] = heatmap[0, 1, 8, 26] = 1.0
-    torch.testing.assert_close(share_centers(logits, heatmap), heatmap)
+    torch.testing.assert_close(share_centers(logits, heatmap), heatmap, rtol=0, atol=2e-6)
 
 
 def test_the_network_shares_centers_outside_of_training_only() -> None:

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 FAST_STRIDE = 4
 """Network-input pixels per cell of the ``fast`` profile's grid."""
 
+_SMALLEST_MISS = 1e-6
 _SMALLEST_SHARE = 1e-3
 _SMALLEST_MASS = 1e-12  # where background is so sure that all other probabilities are 0
 
@@ -51,18 +52,20 @@ def share_centers(semantic_logits: Tensor, center_heatmap: Tensor) -> Tensor:
     """Give each class its share of the centers of all classes, so that an object's center is found under its class.
 
     Which class a center belongs to is told less well by the heatmaps than by the class map: where the two disagree, an
-    object has no center under its own class. The result is ``p_k(x) / sum_j p_j(x) * sum_j max(h_j(x), 0)``, with the
-    class probabilities p enlarged bilinearly and without background.
+    object has no center under its own class. The result is ``p_k(x) / sum_j p_j(x) * (1 - prod_j (1 - h_j(x)))``: the
+    share of the class, and that any class has a center there (noisy-or). Values of h below 0 count as 0, those above 1
+    as 1; the class probabilities p are enlarged bilinearly, and background is left out.
 
     Args:
         semantic_logits: (B, C, h, w), raw; channel 0 is background.
         center_heatmap: (B, C - 1, H / 4, W / 4), raw.
 
     Returns:
-        (B, C - 1, H / 4, W / 4), at least 0.
+        (B, C - 1, H / 4, W / 4), in [0, 1].
     """
     shares = _resized(semantic_logits[:, 1:].softmax(dim=1), (center_heatmap.shape[2], center_heatmap.shape[3]))
-    return shares * center_heatmap.relu().sum(dim=1, keepdim=True)
+    misses = 1 - center_heatmap.float().clamp(0, 1 - _SMALLEST_MISS)
+    return shares * (1 - misses.log().sum(dim=1, keepdim=True).exp())  # few runtimes have a product over channels
 
 
 def grouping_grid(input_size: tuple[int, int], profile: Literal["exact", "fast", "paper"]) -> tuple[int, int]:
