@@ -90,7 +90,7 @@ def export_module(
             passes = ir.passes.Sequential(TidyPass(), ConstantShapePass(), FoldPass(), TidyPass())
             model: ir.Model = passes(program.model).model
     except Exception as error:  # the exporter raises errors of many kinds
-        raise BundleError(f"the network cannot be exported: {str(error).strip().splitlines()[0]}") from error
+        raise BundleError(f"the network cannot be exported: {_first_line_of_cause(error)}") from error
     check_operators(model)
     return model
 
@@ -106,6 +106,13 @@ def _pin_output_shapes(model: ir.Model, size: tuple[int, int], slots: int) -> No
     shapes = {"instance_ids": size, "boxes": (slots, 4)}
     for value in model.graph.outputs:
         value.shape = ir.Shape([BATCH, *shapes.get(value.name or "", (slots,))])
+
+
+def _first_line_of_cause(error: BaseException) -> str:
+    """Return what went wrong first: the exporter wraps it into advice on how to report errors."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return str(error).strip().partition("\n")[0]
 
 
 @contextmanager

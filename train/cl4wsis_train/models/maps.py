@@ -15,7 +15,6 @@ if TYPE_CHECKING:
 FAST_STRIDE = 4
 """Network-input pixels per cell of the ``fast`` profile's grid."""
 
-_SMALLEST_MISS = 1e-6
 _SMALLEST_SHARE = 1e-3
 _SMALLEST_MASS = 1e-12  # where background is so sure that all other probabilities are 0
 
@@ -64,8 +63,11 @@ def share_centers(semantic_logits: Tensor, center_heatmap: Tensor) -> Tensor:
         (B, C - 1, H / 4, W / 4), in [0, 1].
     """
     shares = _resized(semantic_logits[:, 1:].softmax(dim=1), (center_heatmap.shape[2], center_heatmap.shape[3]))
-    misses = 1 - center_heatmap.float().clamp(0, 1 - _SMALLEST_MISS)
-    return shares * (1 - misses.log().sum(dim=1, keepdim=True).exp())  # few runtimes have a product over channels
+    any_center = center_heatmap.relu().clamp(max=1)
+    while any_center.shape[1] > 1:  # in pairs: not every runtime has a product over channels, and 1 - x loses digits
+        first, second, odd = any_center.tensor_split([any_center.shape[1] // 2, any_center.shape[1] // 2 * 2], dim=1)
+        any_center = torch.cat([first + second - first * second, odd], dim=1)
+    return shares * any_center
 
 
 def grouping_grid(input_size: tuple[int, int], profile: Literal["exact", "fast", "paper"]) -> tuple[int, int]:
