@@ -11,11 +11,13 @@ from cl4wsis.steps import read_step, step_folder
 
 NUM_ITERATIONS = 10
 
-# With AVX2 and AVX512 curves differ in the last bits of sums: measured are 0.002 in the first two phases, and 0.06 in
-# the third, where regions of an untrained network change by some pixels. On other processors images are resized by
-# other code, whose pixels differ by one grey level now and then: measured is 0.3 in the first two phases.
+# With AVX2 and AVX512 curves differ in the last bits of sums: measured are 0.004 in the first two phases. In the third,
+# regions of an untrained network change by some pixels, so single losses differ by up to 0.3 and their means by 0.05. On
+# other processors images are resized by other code, whose pixels differ by one grey level now and then: measured is 0.3
+# in the first two phases.
 SAME_PIXELS = torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
-TOLERANCE = {"base": 0.02, "semantic": 0.02, "instance": 0.15} if SAME_PIXELS else {"base": 0.5, "semantic": 0.5}
+TOLERANCE = 0.02 if SAME_PIXELS else 0.5
+MEAN_TOLERANCE = 0.15
 ABSOLUTE = 2e-3
 
 
@@ -32,10 +34,21 @@ def curves(run: Path) -> Curves:
 def test_losses_are_those_recorded(curves: Curves) -> None:
     recorded = json.loads(RECORDED.read_text())
     assert list(curves) == list(recorded) == ["base", "semantic", "instance"]
-    for phase, tolerance in TOLERANCE.items():
+    for phase in ("base", "semantic"):
         assert len(curves[phase]) == len(recorded[phase]) == NUM_ITERATIONS
         for iteration, (found, expected) in enumerate(zip(curves[phase], recorded[phase], strict=True)):
-            assert found == pytest.approx(expected, rel=tolerance, abs=ABSOLUTE), f"{phase} {iteration}"
+            assert found == pytest.approx(expected, rel=TOLERANCE, abs=ABSOLUTE), f"{phase} {iteration}"
+
+
+@pytest.mark.skipif(not SAME_PIXELS, reason="images are resized by other code on this processor")
+def test_mean_losses_of_phase_2_are_those_recorded(curves: Curves) -> None:
+    recorded = json.loads(RECORDED.read_text())["instance"]
+    assert len(curves["instance"]) == len(recorded) == NUM_ITERATIONS
+    found, expected = (
+        {name: sum(losses[name] for losses in curve) / NUM_ITERATIONS for name in recorded[0]}
+        for curve in (curves["instance"], recorded)
+    )
+    assert found == pytest.approx(expected, rel=MEAN_TOLERANCE, abs=ABSOLUTE)
 
 
 def test_every_phase_learns(curves: Curves) -> None:
