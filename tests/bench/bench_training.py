@@ -1,12 +1,11 @@
 """Step time of the phases and what it is spent on. Run by hand: python tests/bench/bench_training.py --crop 160 320.
 
-Trains on drawn shapes with heads that nobody has trained; the first two steps are not counted. Prints Markdown: a row
-per phase, with the share of each part in its step. ``teacher`` is the old network, ``student`` the one in training, its
-frozen parts included, ``targets`` all making of labels; ``rest`` is mostly upsampling. Settings of the photographs::
+Trains on drawn shapes, or on the images of another plan, with heads that nobody has trained; the first two steps are
+not counted. Prints Markdown: a row per phase, with the share of each part in its step. ``teacher`` is the old network,
+``student`` the one in training, its frozen parts included, ``targets`` all making of labels; ``rest`` is mostly
+upsampling. With photographs::
 
-    python tests/bench/bench_training.py --crop 160 320 --set recipe.semantic.train_encoder=false \\
-        --set recipe.network.semantic_channels=256 --set recipe.network.instance_channels=256 \\
-        --set recipe.network.decoder_channels=128 --set recipe.network.localizer_channels=256
+    python tests/bench/bench_training.py --config animals7/4-3 --set data.root=FOLDER --crop 160 224
 """
 
 import argparse
@@ -195,8 +194,11 @@ def main() -> None:
     threads = f"{torch.get_num_threads()} threads" if device.type == "cpu" else torch.cuda.get_device_name(device)
     print(f"plan {arguments.config}, {threads}, torch {torch.__version__}")
     torch.set_flush_denormal(True)
+    drawn = load_plan(arguments.config, arguments.set).data.kind == "shapes"
     for crop in arguments.crop:
-        assignments = [f"recipe.crop_size={crop}", f"data.image_size={crop}", f"recipe.input_size=[{crop}, {crop}]"]
+        assignments = [f"recipe.crop_size={crop}", f"recipe.input_size=[{crop}, {crop}]"]
+        if drawn:
+            assignments.append(f"data.image_size={crop}")
         plan = load_plan(arguments.config, [*assignments, *arguments.set])
         names: tuple[PhaseName, ...] = ("base", "semantic", "instance")
         print_table(
