@@ -35,6 +35,14 @@ def test_values_and_gradients_are_those_of_the_plain_convolution(
         torch.testing.assert_close(actual, expected)
 
 
+@pytest.mark.parametrize("dilation", [2, 4])
+def test_values_without_gradients_are_those_of_the_plain_convolution(dilation: int) -> None:
+    plain = depthwise(6, 5, dilation)
+    features = torch.randn(2, 6, 8, 12, dtype=torch.float64)
+    with torch.inference_mode():
+        torch.testing.assert_close(DilatedDepthwiseConv2d(plain)(features), plain(features))
+
+
 def test_only_convolutions_it_can_stand_for_are_replaced() -> None:
     network = nn.Sequential(
         depthwise(4, 3, 2),
