@@ -12,9 +12,9 @@ from cl4wsis.steps import read_step, step_folder
 NUM_ITERATIONS = 10
 
 # With AVX2 and AVX512 curves differ in the last bits of sums: measured are 0.004 in the first two phases. In the third,
-# regions of an untrained network change by some pixels, so single losses differ by up to 0.3 and their means by 0.05. On
-# other processors images are resized by other code, whose pixels differ by one grey level now and then: measured is 0.3
-# in the first two phases.
+# regions of an untrained network change by some pixels: single losses differ by up to 0.3, their means by 0.05. Other
+# processors resize images by other code, whose pixels differ by one grey level now and then: measured is 0.3 in the
+# first two phases.
 SAME_PIXELS = torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
 TOLERANCE = 0.02 if SAME_PIXELS else 0.5
 MEAN_TOLERANCE = 0.15
