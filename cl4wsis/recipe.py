@@ -43,9 +43,13 @@ class NetworkSettings(Settings):
     instance_dilations: tuple[int, int, int] = (3, 6, 9)
     """Dilations of the instance pyramid."""
     decoder_channels: int = Field(128, gt=0)
-    """Channels of the instance decoder's top-down stages."""
+    """Channels of the top-down stages of a decoder."""
     localizer_channels: int = Field(256, gt=0)
     """Channels of the auxiliary decoder of phase 1."""
+    learned_upsampling: bool = False
+    """Enlarge class maps to stride 4 by mixing the 3x3 cells around each fine pixel with learned weights, which belong
+    to no class: masks teach them, and steps with tags keep them. Off as published: class maps have the grid of the
+    encoder's last features, and masks have round outlines."""
     image_prior: float = Field(0.0, ge=0)
     """Exponent of the shares that the classes have of an image's objects, by which a trained network multiplies their
     probabilities in each of its pixels. 0 as published: a pixel's class depends on the pixel's features alone, and one

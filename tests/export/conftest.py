@@ -22,11 +22,11 @@ from cl4wsis_train.models.network import InstanceSegmenter
 def step_info() -> StepInfo:
     """Describe step 1 of a plan of three and two classes, at 64x96 px."""
     steps = 'steps=[["disc", "square", "star"], ["ring", "cross"]]'
-    corrections = ["image_prior=1.0", "discriminant=0.5", "discriminant_window=3", "shared_centers=true"]
+    ours = ["learned_upsampling=true", "image_prior=1.0", "discriminant=0.5", "discriminant_window=3"]
     plan = tiny_plan(
         "recipe.input_size=[64, 96]",
         "recipe.semantic.train_encoder=false",
-        *(f"recipe.network.{correction}" for correction in corrections),
+        *(f"recipe.network.{field}" for field in (*ours, "shared_centers=true")),
         steps,
     )
     names = plan.split(1).seen_names
@@ -57,7 +57,7 @@ def network(step_info: StepInfo) -> InstanceSegmenter:
             head.mul_(20)  # untrained logits are so flat that one class would fill the image
         network.instance_branch.offset_head.weight.mul_(20)
         assert network.discriminant is not None
-        nn.init.normal_(network.discriminant.weight, std=2.0)
+        nn.init.normal_(network.discriminant.weight, std=0.3)
     return network
 
 

@@ -130,14 +130,15 @@ def test_the_network_of_a_bundle_becomes_half(network_of_bundle: ir.Model) -> No
     HalfPass()(half)
     types = count_types(half)
     heads = sum(node.op_type == "Conv" for node in head_nodes(network_of_bundle))
-    assert heads == 6  # two steps of classes, the discriminant, two steps of centers, one of offsets
+    assert heads == 7  # two steps of classes, discriminant, upsampling, two steps of centers, one of offsets
     assert types == {"float16": count_types(network_of_bundle)["float32"] - heads, "float32": heads}
     assert len(serialize(half)) < 0.6 * len(serialize(network_of_bundle))
     expected = open_session(serialize(network_of_bundle)).run(list(MAP_NAMES), {"images": FRAMES})
     answers = open_session(serialize(half)).run(list(MAP_NAMES), {"images": FRAMES})
     for array, answer in zip(expected, answers, strict=True):
         assert answer.dtype == np.float32
-        np.testing.assert_allclose(answer, array, atol=0.02 * np.abs(array).max())
+        # Shares of centers follow from class logits that the fixture has made twenty times as steep.
+        np.testing.assert_allclose(answer, array, atol=0.05 * np.abs(array).max())
 
 
 def test_types_are_counted_in_a_file_too(bundle_path: Path) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from cl4wsis.errors import ConfigError, RunError
 from cl4wsis.recipe import NetworkSettings
 from cl4wsis_train.models.aspp import InstancePyramid, SemanticPyramid
-from cl4wsis_train.models.decoder import InstanceDecoder
+from cl4wsis_train.models.decoder import PyramidDecoder
 from cl4wsis_train.models.encoder import build_encoder
 from cl4wsis_train.models.heads import StepHeads
 from cl4wsis_train.models.network import InstanceSegmenter
@@ -200,14 +200,14 @@ def test_instance_pyramid_drops_values_in_training_only() -> None:
 
 
 def test_decoder_narrows_skip_connections_with_itself() -> None:
-    published = InstanceDecoder(256, [256, 512, 1024, 2048], 128)
+    published = PyramidDecoder(256, [256, 512, 1024, 2048], 128)
     assert [stage.project[0].out_channels for stage in published.stages] == [64, 32, 16]
     assert [stage.fuse[0].in_channels for stage in published.stages] == [320, 160, 144]
-    assert [stage.project[0].out_channels for stage in InstanceDecoder(16, [8] * 4, 16).stages] == [8, 4, 2]
+    assert [stage.project[0].out_channels for stage in PyramidDecoder(16, [8] * 4, 16).stages] == [8, 4, 2]
 
 
 def test_decoder_upsamples_between_pixel_centers() -> None:
-    stage = InstanceDecoder(1, [1, 1, 1, 1], 1).stages[0].eval()
+    stage = PyramidDecoder(1, [1, 1, 1, 1], 1).stages[0].eval()
     seen: list[Tensor] = []
     stage.fuse.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
     with torch.no_grad():

@@ -54,6 +54,22 @@ def test_refined_target_reaches_the_semantic_branch_alone() -> None:
     assert any(parameter.grad is not None for parameter in phase.network.semantic_branch.parameters())
 
 
+@pytest.mark.parametrize("refined", ["true", "false"])
+def test_tags_teach_the_semantic_branch_through_the_learned_upsampling_but_not_the_upsampling(refined: str) -> None:
+    overrides = ("recipe.network.learned_upsampling=true", f"recipe.semantic.refine_target={refined}")
+    phase = tiny_phase(*overrides).train()
+    batch = weak_batch()
+    before = {name: tensor.clone() for name, tensor in phase.network.upsampling.state_dict().items()}
+    phase(batch, 1)["semantic"].backward()
+    assert all(parameter.grad is not None for parameter in phase.network.semantic_branch.parameters())
+    assert all(parameter.grad is None for parameter in phase.network.upsampling.parameters())
+    assert all(torch.equal(tensor, before[name]) for name, tensor in phase.network.upsampling.state_dict().items())
+    features, classes = phase.labelled_features(batch)
+    assert classes.shape == features.shape[:1] + features.shape[2:]
+    plan = tiny_plan(*overrides)
+    assert all(loss.isfinite() for loss in InstancePhase(phase, plan.recipe).train()(batch, 0).values())
+
+
 @pytest.mark.parametrize("selective", [True, False])
 def test_old_maps_are_distilled_on_old_pixels_or_on_all(selective: bool) -> None:
     semantic_phase = tiny_phase(f"recipe.instance.selective_distillation={str(selective).lower()}")

@@ -1,4 +1,4 @@
-"""The instance branch's decoder: from the pyramid up to stride 4, with finer encoder features joined on the way.
+"""The decoder: from coarse features up to stride 4, with finer encoder features joined on the way.
 
 Source: Panoptic-DeepLab (CVPR 2020), section 3.1. Upsampling is half-pixel bilinear (``align_corners=False``) as
 everywhere in this package, where the published code aligns corners.
@@ -59,11 +59,11 @@ class DecoderStage(nn.Module):
         return fused
 
 
-class InstanceDecoder(nn.Module):
+class PyramidDecoder(nn.Module):
     """Three stages from the last encoder stride up to stride 4.
 
     Args:
-        in_channels: channels of the pyramid's output.
+        in_channels: channels of the coarse features.
         feature_channels: channels of the four encoder features, finest first.
         channels: channels of every stage's output.
     """
@@ -79,14 +79,14 @@ class InstanceDecoder(nn.Module):
             for size, low_level, skip in zip(inputs, low_levels, skips, strict=True)
         )
 
-    def forward(self, pyramid: Tensor, features: Sequence[Tensor]) -> Tensor:
+    def forward(self, coarse: Tensor, features: Sequence[Tensor]) -> Tensor:
         """Return (B, channels, H/4, W/4).
 
         Args:
-            pyramid: (B, in_channels, h, w) at the last encoder stride.
+            coarse: (B, in_channels, h, w) at the last encoder stride.
             features: the four encoder features, finest first; the last is not used here.
         """
-        x = pyramid
+        x = coarse
         for stage, low_level in zip(self.stages, reversed(features[:3]), strict=True):
             x = stage(x, low_level)
         return x

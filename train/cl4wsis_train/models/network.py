@@ -15,13 +15,15 @@ from torch import Tensor, nn
 from cl4wsis.errors import RunError
 from cl4wsis.recipe import NetworkSettings
 from cl4wsis_train.models.aspp import InstancePyramid, SemanticPyramid
-from cl4wsis_train.models.decoder import InstanceDecoder, SeparableConvolution
+from cl4wsis_train.models.decoder import PyramidDecoder, SeparableConvolution
 from cl4wsis_train.models.discriminant import LinearDiscriminant
 from cl4wsis_train.models.encoder import build_encoder
 from cl4wsis_train.models.heads import StepHeads
 from cl4wsis_train.models.maps import apply_image_prior, share_centers
+from cl4wsis_train.models.upsampling import LearnedUpsampling
 
 _OFFSET_CHANNELS = 32
+_FINE_STRIDE = 4
 _CLASS_PRIOR = 0.05  # share of pixels that a class is taken to have before anything is learned
 _STATISTICS = "discriminant."  # what their names begin with
 _LARGEST_DILATION = 32  # of the published pyramid at stride 8: 12, 24, 32
@@ -31,7 +33,7 @@ class SegmenterOutput(NamedTuple):
     """What the Segmenter returns for a batch."""
 
     semantic_logits: Tensor
-    """(B, C, h, w) at the encoder's last stride, raw; channel 0 is background."""
+    """(B, C, h, w) at the encoder's last stride, or at stride 4, raw; channel 0 is background."""
     center_heatmap: Tensor
     """(B, C - 1, H / 4, W / 4), raw: trained towards [0, 1] without a sigmoid."""
     offset_map: Tensor
@@ -74,7 +76,7 @@ class InstanceBranch(nn.Module):
         super().__init__()
         pyramid, channels = settings.instance_channels, settings.decoder_channels
         self.pyramid = InstancePyramid(feature_channels[-1], pyramid, settings.instance_dilations)
-        self.decoder = InstanceDecoder(pyramid, feature_channels, channels)
+        self.decoder = PyramidDecoder(pyramid, feature_channels, channels)
         self.center_conv = SeparableConvolution(channels, channels)
         self.center_head = StepHeads(channels, class_counts)
         self.offset_conv = SeparableConvolution(channels, min(_OFFSET_CHANNELS, channels))
@@ -116,6 +118,10 @@ class InstanceSegmenter(nn.Module):
         self.encoder = build_encoder(settings.encoder, settings.output_stride, settings.weights)
         self.semantic_branch = SemanticBranch(settings, self.encoder.channels[-1], class_counts)
         self.instance_branch = InstanceBranch(settings, self.encoder.channels, class_counts)
+        self.upsampling: LearnedUpsampling | None = None
+        if settings.learned_upsampling:
+            scale = settings.output_stride // _FINE_STRIDE
+            self.upsampling = LearnedUpsampling(self.encoder.channels, settings.decoder_channels, scale)
         self.discriminant = _build_discriminant(settings, self.encoder.channels[-1], class_counts)
         self._class_counts = tuple(class_counts)
         if settings.head_init == "prior":
@@ -162,18 +168,25 @@ class InstanceSegmenter(nn.Module):
             images: (B, 3, H, W), normalised; H and W are multiples of 32 as the recipe demands.
         """
         features = self.encoder(images)
-        semantic_logits = self.forward_semantic(features)
-        center_heatmap, offset_map = self.forward_instance(features)
+        semantic_logits: Tensor = self.semantic_branch(features)
         if not self.training:
             semantic_logits = self._correct_classes(features, semantic_logits)
-            if self.settings.shared_centers:
-                center_heatmap = share_centers(semantic_logits, center_heatmap)
+        semantic_logits = self.enlarge_classes(semantic_logits, features)
+        center_heatmap, offset_map = self.forward_instance(features)
+        if not self.training and self.settings.shared_centers:
+            center_heatmap = share_centers(semantic_logits, center_heatmap)
         return SegmenterOutput(semantic_logits, center_heatmap, offset_map)
 
     def forward_semantic(self, features: Sequence[Tensor]) -> Tensor:
         """Return ``semantic_logits`` (B, C, h, w) from the four encoder features."""
-        logits: Tensor = self.semantic_branch(features)
-        return logits
+        return self.enlarge_classes(self.semantic_branch(features), features)
+
+    def enlarge_classes(self, semantic_logits: Tensor, features: Sequence[Tensor]) -> Tensor:
+        """Bring what the semantic branch says to stride 4, where the settings ask for learned upsampling."""
+        if self.upsampling is None:
+            return semantic_logits
+        enlarged: Tensor = self.upsampling(semantic_logits, features)
+        return enlarged
 
     def forward_instance(self, features: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """Return ``center_heatmap`` and ``offset_map`` from the four encoder features."""

@@ -41,6 +41,8 @@ def upsample(maps: Tensor, size: Sequence[int]) -> Tensor:
     Returns:
         (B, C, H, W) float32.
     """
+    if tuple(maps.shape[2:]) == tuple(size):
+        return maps.float()
     return F.interpolate(maps.float(), size=tuple(size), mode="bilinear", align_corners=False)
 
 

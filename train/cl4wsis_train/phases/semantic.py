@@ -69,6 +69,8 @@ class SemanticPhase(Phase):
         self.settings = recipe.semantic
         self.split = split
         freeze(network.instance_branch)
+        if network.upsampling is not None:
+            freeze(network.upsampling)
         if not self.settings.train_encoder:
             freeze(network.encoder)
 
@@ -77,6 +79,8 @@ class SemanticPhase(Phase):
         super().train(mode)
         self.old_network.eval()
         self.network.instance_branch.eval()
+        if self.network.upsampling is not None:
+            self.network.upsampling.eval()
         if not self.settings.train_encoder:
             self.network.encoder.eval()
         return self
@@ -86,13 +90,13 @@ class SemanticPhase(Phase):
         features, old_features = self._run_encoders(batch)
         last = features[-1]
         with torch.no_grad():
-            old_logits = self.old_network.forward_semantic(old_features).float()  # (B, o, h, w)
+            old_cells = self.old_network.semantic_branch(old_features).float()  # (B, o, h, w)
 
         quarter_turns = int(torch.randint(1, 4, ()))
         cam_logits, flipped, rotated = self._cam_logits(last, quarter_turns)
         losses = self._tag_losses(cam_logits, batch.image_labels)
         if self.settings.localizer_distillation:
-            guide = self._without_absent_classes(old_logits.sigmoid(), batch.image_labels)
+            guide = self._without_absent_classes(old_cells.sigmoid(), batch.image_labels)
             loss = localizer_distillation_loss(cam_logits, guide)
             losses["localizer_distillation"] = self.settings.localizer_distillation * loss
         if self.settings.encoder_distillation and self.settings.train_encoder:
@@ -104,6 +108,8 @@ class SemanticPhase(Phase):
             )
         if epoch >= self.settings.optimizer.warmup_epochs:
             eval_logits = self._eval_cam_logits(last)
+            with torch.no_grad():
+                old_logits = self.old_network.enlarge_classes(old_cells, old_features)
             semantic_logits = self.network.forward_semantic(features)
             losses["semantic"] = self._semantic_loss(batch, eval_logits, semantic_logits, old_logits)
             losses |= self._self_supervised_losses(batch, cam_logits, eval_logits)
@@ -149,7 +155,7 @@ class SemanticPhase(Phase):
             features (B, d, h, w), the encoder's last, and class or ``NO_CLASS`` (B, h, w).
         """
         features = self.network.encoder(self.network.normalize(batch.images))
-        logits = self.network.forward_semantic(features).float()  # (B, C, h, w)
+        logits = self.network.semantic_branch(features).float()  # (B, C, h, w)
         untagged = _with_background(batch.image_labels) == 0
         untagged[:, self.split.semantic_old] = False
         classes = logits.masked_fill(untagged[:, :, None, None], -torch.inf).argmax(1) - 1
@@ -216,11 +222,13 @@ class SemanticPhase(Phase):
     def _semantic_loss(self, batch: Batch, eval_logits: Tensor, semantic_logits: Tensor, old_logits: Tensor) -> Tensor:
         """Train the semantic branch with the old network's opinion and what the localizer has learned so far."""
         settings = self.settings
-        cam_probs = eval_logits.softmax(dim=1)
+        size = semantic_logits.shape[2:]
         if settings.refine_target:
-            size = [side // _FINE_STRIDE for side in batch.images.shape[2:]]
-            cam_probs = self.refinement(batch.images.float() / 255, upsample(cam_probs, size))
-            semantic_logits, old_logits = upsample(semantic_logits, size), upsample(old_logits, size)
+            size = torch.Size(side // _FINE_STRIDE for side in batch.images.shape[2:])
+        cam_probs = upsample(eval_logits.softmax(dim=1), size)
+        if settings.refine_target:
+            cam_probs = self.refinement(batch.images.float() / 255, cam_probs)
+        semantic_logits, old_logits = upsample(semantic_logits, size), upsample(old_logits, size)
         if batch.proposals is not None and settings.proposals != "ignore":
             cam_probs = average_over_proposals(cam_probs, batch.proposals, keep_rest=settings.proposals == "refine")
         old_probs = old_logits.sigmoid()
