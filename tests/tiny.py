@@ -36,6 +36,7 @@ TINY = [
     "recipe.log_every=1",
     "recipe.network.encoder_statistics=batch",
     "recipe.network.head_init=default",
+    "recipe.network.learned_upsampling=false",
     "recipe.semantic.train_encoder=true",
     "recipe.semantic.random_dropout=true",
     "recipe.semantic.refine_target=false",

@@ -47,7 +47,8 @@ def test_an_image_that_is_nothing_but_background_keeps_its_logits() -> None:
 
 @pytest.mark.parametrize("image_prior", [0.0, 1.0])
 def test_the_network_applies_it_outside_of_training_only(image_prior: float) -> None:
-    settings = load_plan("shapes", ["recipe.network.weights=none", f"recipe.network.image_prior={image_prior}"])
+    fields = ["weights=none", "learned_upsampling=false", f"image_prior={image_prior}"]
+    settings = load_plan("shapes", [f"recipe.network.{field}" for field in fields])
     network = InstanceSegmenter(settings.recipe.network, (2, 2)).eval()
     images = torch.randn(1, 3, 64, 64)
     with torch.no_grad():
