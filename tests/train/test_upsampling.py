@@ -3,19 +3,12 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from tiny import tiny_plan
 
-from cl4wsis.recipe import NetworkSettings
 from cl4wsis_train.models.network import InstanceSegmenter
 from cl4wsis_train.models.upsampling import LearnedUpsampling, mix_neighbours
 
-SMALL = NetworkSettings(
-    encoder="resnet18",
-    weights="none",
-    semantic_channels=16,
-    instance_channels=16,
-    decoder_channels=16,
-    learned_upsampling=True,
-)
+SMALL = tiny_plan("recipe.network.learned_upsampling=true", "recipe.network.image_prior=0").recipe.network
 
 
 @pytest.mark.parametrize("scale", [2, 4])
@@ -52,6 +45,13 @@ def test_class_maps_of_the_network_are_at_stride_4(output_stride: int) -> None:
     head = network.upsampling.weight_head
     assert head.weight.grad is not None
     assert head.weight.grad.abs().sum() > 0
+
+
+def test_the_wide_network_of_stride_8_has_it_too() -> None:
+    settings = SMALL.model_copy(update={"encoder": "wider_resnet38_a2", "output_stride": 8})
+    network = InstanceSegmenter(settings, [3]).eval()
+    with torch.inference_mode():
+        assert network(torch.zeros(1, 3, 64, 64)).semantic_logits.shape == (1, 4, 16, 16)
 
 
 def test_corrections_of_classes_come_before_it() -> None:

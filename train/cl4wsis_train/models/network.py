@@ -23,7 +23,6 @@ from cl4wsis_train.models.maps import apply_image_prior, share_centers
 from cl4wsis_train.models.upsampling import LearnedUpsampling
 
 _OFFSET_CHANNELS = 32
-_FINE_STRIDE = 4
 _CLASS_PRIOR = 0.05  # share of pixels that a class is taken to have before anything is learned
 _STATISTICS = "discriminant."  # what their names begin with
 _LARGEST_DILATION = 32  # of the published pyramid at stride 8: 12, 24, 32
@@ -120,7 +119,7 @@ class InstanceSegmenter(nn.Module):
         self.instance_branch = InstanceBranch(settings, self.encoder.channels, class_counts)
         self.upsampling: LearnedUpsampling | None = None
         if settings.learned_upsampling:
-            scale = settings.output_stride // _FINE_STRIDE
+            scale = self.encoder.strides[-1] // self.encoder.strides[0]
             self.upsampling = LearnedUpsampling(self.encoder.channels, settings.decoder_channels, scale)
         self.discriminant = _build_discriminant(settings, self.encoder.channels[-1], class_counts)
         self._class_counts = tuple(class_counts)
@@ -182,7 +181,7 @@ class InstanceSegmenter(nn.Module):
         return self.enlarge_classes(self.semantic_branch(features), features)
 
     def enlarge_classes(self, semantic_logits: Tensor, features: Sequence[Tensor]) -> Tensor:
-        """Bring what the semantic branch says to stride 4, where the settings ask for learned upsampling."""
+        """Bring what the semantic branch says to the grid of the finest features, where learned upsampling is on."""
         if self.upsampling is None:
             return semantic_logits
         enlarged: Tensor = self.upsampling(semantic_logits, features)

@@ -21,17 +21,16 @@ _LEAST_WEIGHT = 0.01  # prior of cells without bilinear weight: small, but withi
 
 
 class LearnedUpsampling(nn.Module):
-    """Enlarges class maps to stride 4.
+    """Enlarges class maps to the size of the finest features.
 
     Args:
         feature_channels: channels of the four encoder features, finest first.
         channels: of the decoder that turns these features into weights.
-        scale: s, of the class maps that it is given.
+        scale: s, stride of the last features over that of the finest.
     """
 
     def __init__(self, feature_channels: Sequence[int], channels: int, scale: int) -> None:
         super().__init__()
-        self.scale = scale
         self.decoder = PyramidDecoder(feature_channels[-1], feature_channels, channels)
         self.weight_head = nn.Conv2d(channels, _NEIGHBOURS, 1)
         nn.init.zeros_(self.weight_head.weight)
