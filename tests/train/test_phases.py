@@ -70,6 +70,17 @@ def test_tags_teach_the_semantic_branch_through_the_learned_upsampling_but_not_t
     assert all(loss.isfinite() for loss in InstancePhase(phase, plan.recipe).train()(batch, 0).values())
 
 
+def test_one_upsampling_serves_both_networks_on_the_features_of_a_frozen_encoder() -> None:
+    phase = tiny_phase("recipe.network.learned_upsampling=true", "recipe.semantic.train_encoder=false").train()
+    features, old_features = phase._run_encoders(weak_batch())
+    old_cells = phase.old_network.semantic_branch(old_features)
+    found = phase._enlarged(features, old_features, old_cells)
+    expected = phase._enlarged(list(features), old_features, old_cells)
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other)
+    assert not found[1].requires_grad
+
+
 @pytest.mark.parametrize("selective", [True, False])
 def test_old_maps_are_distilled_on_old_pixels_or_on_all(selective: bool) -> None:
     semantic_phase = tiny_phase(f"recipe.instance.selective_distillation={str(selective).lower()}")

@@ -108,9 +108,7 @@ class SemanticPhase(Phase):
             )
         if epoch >= self.settings.optimizer.warmup_epochs:
             eval_logits = self._eval_cam_logits(last)
-            with torch.no_grad():
-                old_logits = self.old_network.enlarge_classes(old_cells, old_features)
-            semantic_logits = self.network.forward_semantic(features)
+            semantic_logits, old_logits = self._enlarged(features, old_features, old_cells)
             losses["semantic"] = self._semantic_loss(batch, eval_logits, semantic_logits, old_logits)
             losses |= self._self_supervised_losses(batch, cam_logits, eval_logits)
         return losses
@@ -168,6 +166,16 @@ class SemanticPhase(Phase):
             old_features = self.old_network.encoder(images)
         features = self.network.encoder(images) if self.settings.train_encoder else old_features
         return features, old_features
+
+    def _enlarged(self, features: list[Tensor], old_features: list[Tensor], old_cells: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the logits of this network and of the old one; on shared features one upsampling serves both."""
+        if self.network.upsampling is None or features is not old_features:
+            with torch.no_grad():
+                old_logits = self.old_network.enlarge_classes(old_cells, old_features)
+            return self.network.forward_semantic(features), old_logits
+        cells: Tensor = self.network.semantic_branch(features)
+        both = self.network.enlarge_classes(torch.cat([cells.float(), old_cells], dim=1), features)
+        return both[:, : cells.shape[1]], both[:, cells.shape[1] :].detach()
 
     def _cam_logits(self, features: Tensor, quarter_turns: int) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Run the localizer on features and, for FLAC, on their mirror image and rotation in one batch."""
