@@ -22,6 +22,8 @@ _CHUNK_VALUES = 1 << 17
 """Numbers in an intermediate result, so that it takes little memory and mostly stays in the cache."""
 _STEEPEST = 80.0
 """Logits this far below the largest still have exponentials with all digits of float32."""
+_SHORT_SIDE = 4
+"""Cells up to this side lose no digit that matters by multiplying in float32."""
 _SLACK = 1e-5
 """Rounding, relative to the value, that is allowed for where a channel is left out."""
 
@@ -125,12 +127,14 @@ def classify_enlarged(logits: FloatMap, scale: int) -> tuple[NDArray[Any], Float
     coarse, largest = argmax_channels(logits)
     tiles, mixed = _uniform_tiles(coarse, scale)
     probs = np.zeros(tiles.shape, np.float32)
-    foreground = mixed | (tiles[:, 0, :, 0] != 0)
     # Shifting all channels of a pixel changes no probability, and keeps exponentials in range.
     shifted = logits - largest
     find_probs = _probs_by_steps if shifted.min() > -_STEEPEST else _probs_one_by_one
-    for cells in _cells(foreground, coarse.shape, scale, _CHUNK_VALUES // (len(logits) * scale)):
-        cells.write(find_probs(cells, shifted), probs)
+    limit = _CHUNK_VALUES // (len(logits) * scale)
+    for cells in _cells(mixed, coarse.shape, scale, limit):
+        cells.write(find_probs(cells, shifted, None), probs)
+    for cells in _cells((tiles[:, 0, :, 0] != 0) & ~mixed, coarse.shape, scale, limit):
+        cells.write(find_probs(cells, shifted, coarse.reshape(-1)[cells.corners[0]]), probs)
     _fill_mixed_tiles(logits, coarse, mixed, tiles)
     return _cut(tiles, scale), _cut(probs, scale)
 
@@ -145,7 +149,7 @@ def _fill_mixed_tiles(values: FloatMap, coarse: NDArray[Any], mixed: NDArray[np.
     flat_values, flat_coarse = values.reshape(len(values), -1), coarse.reshape(-1)
     for cells in _cells(mixed, coarse.shape, scale, _CHUNK_VALUES // scale**2):
         numbers = np.arange(len(cells.rows))
-        corners = flat_values[:, cells.corners]  # (C, 4, M)
+        corners = flat_values.take(cells.corners, axis=1)  # (C, 4, M)
         mean = corners[flat_coarse[cells.corners], :, numbers].mean(axis=0).T  # (4, M)
         possible = (corners >= mean - _SLACK * np.abs(mean)).any(axis=1)  # (C, M)
         # The possible channels of each cell in order; where others have more, its first one again, which is harmless.
@@ -155,36 +159,59 @@ def _fill_mixed_tiles(values: FloatMap, coarse: NDArray[Any], mixed: NDArray[np.
         cells.write(order.astype(tiles.dtype)[slots, numbers], tiles)
 
 
-def _probs_by_steps(cells: "_Cells", shifted: FloatMap) -> FloatMap:
+def _probs_by_steps(cells: "_Cells", shifted: FloatMap, largest_channel: NDArray[Any] | None) -> FloatMap:
     """Return the probability of the largest channel, (s * s, M).
 
-    Down a column of a cell a logit grows evenly, so its exponential grows by one factor from pixel to pixel: two
-    exponentials per column instead of s.
+    A logit grows evenly along each row and each column of a cell, so its exponential grows by one factor from pixel to
+    pixel, and so does the factor: four exponentials per cell instead of s * s.
 
     Args:
         cells: to be worked on.
         shifted: (C, h, w) logits between -80 and 0.
+        largest_channel: (M,), where one channel is the largest in all of a cell; not given for mixed cells.
     """
     import cv2
 
     side, count = len(cells.far), len(cells.rows)
-    upper, lower = cells.interpolated_across(shifted.reshape(len(shifted), -1)[:, cells.corners])  # (C, s * M)
-    factor = cv2.exp((lower - upper) * np.float32(1 / side))
-    value = cv2.exp(upper + (lower - upper) * cells.far[0])
-    total, largest = (np.empty((side, side * count), np.float32) for _ in range(2))
+    # What rounds off a factor is multiplied s * s times.
+    precise = np.float32 if side <= _SHORT_SIDE else np.float64
+    upper_left, upper_right, lower_left, lower_right = (
+        shifted.reshape(len(shifted), -1).take(corner, axis=1).astype(precise, copy=False) for corner in cells.corners
+    )  # (C, M)
+    across, down = (upper_right - upper_left) / side, (lower_left - upper_left) / side
+    twist = (lower_right - lower_left) / side**2 - across / side
+    first = float(cells.far[0]) * side  # of the first pixel, in pixels from the corner
+    across, start = across + first * twist, upper_left + first * (across + down + first * twist)
+    down += first * twist
+    exponentials: NDArray[Any] = cv2.exp(np.stack([start, across, down, twist]).reshape(4, -1))
+    start, across, down, twist = exponentials.reshape(4, -1, count)
+    value, factor = (np.empty((len(shifted), side, count), np.float32) for _ in range(2))
+    for column in range(side):
+        value[:, column], factor[:, column] = start, down
+        start *= across
+        down *= twist
+    total = np.empty((side, side, count), np.float32)
+    largest = np.empty_like(total)
+    if largest_channel is not None:
+        numbers = np.arange(count)
+        own, own_factor = (x[largest_channel, :, numbers].T.copy() for x in (value, factor))  # (s, M)
     for row in range(side):
         np.add.reduce(value, axis=0, out=total[row])
-        np.maximum.reduce(value, axis=0, out=largest[row])
-        np.multiply(value, factor, out=value)
+        if largest_channel is None:
+            np.maximum.reduce(value, axis=0, out=largest[row])
+        else:
+            largest[row] = own
+            own *= own_factor
+        value *= factor
     return np.divide(largest, total, out=total).reshape(-1, count)
 
 
-def _probs_one_by_one(cells: "_Cells", shifted: FloatMap) -> FloatMap:
+def _probs_one_by_one(cells: "_Cells", shifted: FloatMap, _: NDArray[Any] | None) -> FloatMap:
     """Return the same for logits of any size.
 
     Halfway between two classes that are hundreds apart, all exponentials vanish, but not relative to the largest.
     """
-    corners = shifted.reshape(len(shifted), -1)[:, cells.corners]
+    corners = shifted.reshape(len(shifted), -1).take(cells.corners, axis=1)
     _, largest = _argmax((cells.enlarged(channel) for channel in corners), len(corners))
     total = np.zeros_like(largest)
     for channel in corners:

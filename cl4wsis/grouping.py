@@ -89,14 +89,12 @@ class _Regions:
     """Connected parts of one class; row 0 is background.
 
     Attributes:
-        id_map: (h, w) int32, region of every grid pixel.
-        runs: (h, w) row runs of the regions.
+        runs: (h, w) row runs of the class map, each in one region; their values are regions.
         classes: (R + 1,) class-map value of each region.
         boxes: (R, 4) left, top, right, bottom of region 1..R.
         kept: (R + 1,) bool, large enough.
     """
 
-    id_map: NDArray[np.int32]
     runs: Runs
     classes: NDArray[np.int64]
     boxes: NDArray[np.int64]
@@ -204,7 +202,7 @@ def _group(
         )
     regions = _find_regions(class_map, smallest=-(-spec.min_area // spec.stride**2))
     centers = _find_centers(regions, class_map, heatmap, spec)
-    id_map = _assign_pixels(regions, centers, offsets, spec.stride)  # (h, w)
+    id_map = _assign_pixels(regions, centers, offsets, class_map.shape, spec.stride)  # (h, w)
     runs = find_runs(id_map)
     scores = _score_centers(runs, class_probs, centers)
     labels = regions.classes[centers.regions] - 1
@@ -264,27 +262,28 @@ def _softmax(logits: FloatMap) -> FloatMap:
 def _find_regions(class_map: NDArray[Any], smallest: int) -> _Regions:
     import cv2
 
-    id_map = np.zeros(class_map.shape, np.int32)
+    class_runs = find_runs(class_map)
+    width = class_map.shape[1]
+    rows, columns = np.divmod(class_runs.starts, width)
+    of_run = np.zeros(len(class_runs.starts), np.int32)
     classes = [np.zeros(1, np.int64)]
     count = 0
-    for value, box in _class_boxes(class_map):
+    for value, box in _class_boxes(class_runs, width):
         inside = class_map[box] == value
         found, part_ids = cv2.connectedComponents(inside.view(np.uint8), connectivity=8, ltype=cv2.CV_32S)
-        if count:
-            part_ids += inside * np.int32(count)
-        id_map[box] += part_ids  # boxes of classes overlap, classes do not
+        of_class = np.flatnonzero(class_runs.values == value)
+        of_run[of_class] = part_ids[rows[of_class] - box[0].start, columns[of_class] - box[1].start] + count
         classes.append(np.full(found - 1, value))
         count += found - 1
-    runs = find_runs(id_map)
+    runs = class_runs._replace(values=of_run)
     kept = np.concatenate([[False], areas_of_runs(runs, count) >= smallest])
-    boxes = boxes_of_runs(runs, class_map.shape[1], count).astype(np.int64)
-    return _Regions(id_map, runs, np.concatenate(classes), boxes, kept)
+    boxes = boxes_of_runs(runs, width, count).astype(np.int64)
+    return _Regions(runs, np.concatenate(classes), boxes, kept)
 
 
-def _class_boxes(class_map: NDArray[Any]) -> list[tuple[int, tuple[slice, slice]]]:
+def _class_boxes(runs: Runs, width: int) -> list[tuple[int, tuple[slice, slice]]]:
     """Return the foreground classes of a map in order, each with a box that holds all its pixels."""
-    highest = int(class_map.max())
-    boxes = boxes_of_runs(find_runs(class_map), class_map.shape[1], highest).astype(np.int64)  # 1..highest
+    boxes = boxes_of_runs(runs, width, int(runs.values.max())).astype(np.int64)  # of classes 1, 2, ...
     present = np.flatnonzero(boxes[:, 2] > 0)
     return [
         (value + 1, (slice(top, bottom), slice(left, right)))
@@ -302,7 +301,7 @@ def _bounding_box(mask: NDArray[np.bool_]) -> tuple[slice, slice]:
 def _find_centers(regions: _Regions, class_map: NDArray[Any], heatmap: EnlargedMap, spec: GroupingSpec) -> _Centers:
     """Peaks and pseudo-centers of the kept regions in priority order, cut to the first ``max_instances``."""
     pixels, values = _find_all_peaks(class_map, np.unique(regions.classes[1:]).tolist(), heatmap, spec)
-    of_peak = regions.id_map.reshape(-1)[pixels]
+    of_peak = regions.runs.values_at(pixels)
     in_kept = regions.kept[of_peak]
     pixels, values, of_peak = pixels[in_kept], values[in_kept], of_peak[in_kept]
 
@@ -370,24 +369,25 @@ def find_peaks(values: FloatMap, mask: NDArray[np.bool_], threshold: float, wind
     return flat
 
 
-def _assign_pixels(regions: _Regions, centers: _Centers, offsets: EnlargedMap, stride: int) -> NDArray[np.uint8]:
+def _assign_pixels(
+    regions: _Regions, centers: _Centers, offsets: EnlargedMap, size: tuple[int, int], stride: int
+) -> NDArray[np.uint8]:
     """Give every pixel of a region the id (priority + 1) of its center; 0 where its region has none: (h, w)."""
     ids_of_centers = np.arange(1, len(centers.pixels) + 1, dtype=np.uint8)
     first_id = np.zeros(len(regions.classes), np.uint8)
     first_id[centers.regions[::-1]] = ids_of_centers[::-1]
-    id_map = regions.runs.paint(first_id[regions.runs.values], regions.id_map.shape)
+    id_map: NDArray[np.uint8] = regions.runs.paint(first_id[regions.runs.values], size)
 
     shared = np.flatnonzero(np.bincount(centers.regions, minlength=len(regions.classes)) > 1)
     for region in shared.tolist():  # at most 127 regions share 255 centers
         left, top, right, bottom = regions.boxes[region - 1].tolist()
         box = (slice(top, bottom), slice(left, right))
         choices = np.flatnonzero(centers.regions == region)
-        center_y, center_x = np.divmod(centers.pixels[choices], id_map.shape[1])
+        center_y, center_x = np.divmod(centers.pixels[choices], size[1])
         target_y, target_x = _targets(offsets, box, stride)
-        nearest = nearest_center(target_y.reshape(-1), target_x.reshape(-1), center_y, center_x)
+        nearest = nearest_center(target_y, target_x, center_y, center_x)
         # All of the box is assigned, and written where the region is: gathering its pixels would take longer.
-        ids = ids_of_centers[choices][nearest].reshape(bottom - top, right - left)
-        np.copyto(id_map[box], ids, where=regions.id_map[box] == region)
+        np.copyto(id_map[box], ids_of_centers[choices].take(nearest), where=id_map[box] == first_id[region])
     return id_map
 
 
@@ -404,18 +404,18 @@ def nearest_center(
     """Find the nearest center of every point; the first wins a tie. Squared distances in float32, difference form.
 
     Args:
-        target_y: (P,).
-        target_x: (P,).
+        target_y: of any shape.
+        target_x: of the same shape.
         center_y: (K,), K <= 256.
         center_x: (K,).
 
     Returns:
-        (P,) index of the center.
+        Index of the center, of that shape.
     """
-    nearest = np.zeros(len(target_y), np.uint8)
-    least = np.full(len(target_y), np.inf, np.float32)
+    nearest = np.zeros(target_y.shape, np.uint8)
+    least = np.full(target_y.shape, np.inf, np.float32)
     distance, delta = np.empty_like(least), np.empty_like(least)
-    is_nearer = np.empty(len(least), bool)
+    is_nearer = np.empty(least.shape, bool)
     for number, (y, x) in enumerate(zip(center_y.tolist(), center_x.tolist(), strict=True)):
         np.subtract(target_y, np.float32(y), out=distance)
         np.multiply(distance, distance, out=distance)

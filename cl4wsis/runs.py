@@ -20,6 +20,10 @@ class Runs(NamedTuple):
         """Return the (H, W) map that has other values, (R,), on the same runs."""
         return np.repeat(values, self.lengths).reshape(size)
 
+    def values_at(self, pixels: NDArray[np.int64]) -> NDArray[Any]:
+        """Return the value of the map at flat indices, (M,)."""
+        return np.asarray(self.values[np.searchsorted(self.starts, pixels, side="right") - 1])
+
 
 def find_runs(values: NDArray[Any]) -> Runs:
     """Find the runs of an (H, W) map."""

@@ -13,6 +13,7 @@ def test_areas_boxes_and_the_map_itself_come_back(size: tuple[int, int], count: 
         ids = np.random.default_rng(seed).integers(0, count + 1, size).astype(np.int32)
         runs = find_runs(ids)
         np.testing.assert_array_equal(runs.paint(runs.values, size), ids)
+        np.testing.assert_array_equal(runs.values_at(np.arange(ids.size)), ids.reshape(-1))
         np.testing.assert_array_equal(areas_of_runs(runs, count), [(ids == i).sum() for i in range(1, count + 1)])
         for index, box in enumerate(boxes_of_runs(runs, size[1], count).tolist(), start=1):
             rows, columns = np.nonzero(ids == index)
