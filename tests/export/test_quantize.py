@@ -69,6 +69,17 @@ def test_scales_suit_tensorrt(quantized: ir.Model) -> None:
             assert node.inputs[2].const_value.dtype == ir.DataType.FLOAT
 
 
+def test_weights_leave_a_bit_unused_so_that_no_cpu_saturates(quantized: ir.Model) -> None:
+    """Two products of 8-bit activations with 7-bit weights fit 16 bits; depthwise convolutions add none in 16 bits."""
+    largest: dict[bool, int] = {True: 0, False: 0}
+    for node in quantized.graph:
+        weights = node.inputs[0].const_value if node.op_type == "DequantizeLinear" and node.inputs[0] else None
+        if weights is not None:
+            is_depthwise = weights.shape[1] == 1
+            largest[is_depthwise] = max(largest[is_depthwise], int(np.abs(weights.numpy().astype(int)).max()))
+    assert largest == {True: 127, False: 64}
+
+
 def test_a_value_is_quantised_once_for_all_its_readers(quantized: ir.Model) -> None:
     sources = [node.inputs[0] for node in quantized.graph if node.op_type == "QuantizeLinear"]
     assert len(sources) == len(set(sources))
@@ -93,7 +104,7 @@ def test_a_layer_that_stays_float_is_an_error(
     network_of_bundle: ir.Model, frames: np.ndarray, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real = quantize._quantize_file
-    monkeypatch.setattr(quantize, "_quantize_file", lambda a, b, layers, c: real(a, b, layers[3:], c))
+    monkeypatch.setattr(quantize, "_quantize_file", lambda a, b, layers, *c: real(a, b, layers[3:], *c))
     with pytest.raises(BundleError, match=r"3 of \d+ layers were not quantised, among them"):
         quantize_network(network_of_bundle, frames)
 
