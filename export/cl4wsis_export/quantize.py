@@ -48,7 +48,7 @@ def quantize_network(network: ir.Model, frames: NDArray[np.uint8]) -> ir.Model:
         MissingExtraError: ONNX Runtime is not installed.
     """
     layers = layers_to_quantize(network)
-    full_range = [_weight_name(node) for node in network.graph if node.name in layers and _is_depthwise(node)]
+    full_range = _depthwise_weights(network, layers)
     with tempfile.TemporaryDirectory(prefix="cl4wsis-") as folder:
         source, target = Path(folder) / "network.onnx", Path(folder) / "network-int8.onnx"
         prepared = network.clone()
@@ -77,14 +77,14 @@ def frame_hashes(frames: NDArray[np.uint8]) -> tuple[str, ...]:
     return tuple(sha256(np.ascontiguousarray(frame).tobytes()).hexdigest() for frame in frames)
 
 
-def _weight_name(node: ir.Node) -> str:
-    weights = node.inputs[1]
-    return "" if weights is None else weights.name or ""
-
-
-def _is_depthwise(node: ir.Node) -> bool:
-    shape = node.inputs[1].shape if node.inputs[1] is not None else None
-    return shape is not None and shape[1] == 1
+def _depthwise_weights(network: ir.Model, layers: Sequence[str]) -> list[str]:
+    """Name the weights of the layers in which every channel has a filter of its own."""
+    weights = [
+        node.inputs[1]
+        for node in network.graph
+        if node.name in layers and "group" in node.attributes and node.attributes["group"].as_int() > 1
+    ]
+    return [value.name or "" for value in weights if value is not None and value.shape and value.shape[1] == 1]
 
 
 def _quantize_file(
