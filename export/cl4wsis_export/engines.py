@@ -387,14 +387,19 @@ def _run(
     monitor = _monitor(trt, progress)
     config.progress_monitor = monitor
     results: list[Any] = []
-    thread = threading.Thread(
-        target=lambda: results.append(builder.build_serialized_network(network, config)), name="cl4wsis-build"
-    )
-    thread.start()
-    interrupted = False
-    while thread.is_alive():
+    ended = threading.Event()
+
+    def build() -> None:
         try:
-            thread.join(_POLL_SECONDS)
+            results.append(builder.build_serialized_network(network, config))
+        finally:
+            ended.set()
+
+    threading.Thread(target=build, name="cl4wsis-build").start()
+    interrupted = False
+    while not ended.is_set():  # an interrupted join() of Python 3.11 and 3.12 takes a running thread for one that ended
+        try:
+            ended.wait(_POLL_SECONDS)
         except KeyboardInterrupt:
             interrupted = monitor.cancelled = True
             logger.info("interrupted; waiting for the builder to stop")

@@ -246,6 +246,7 @@ def test_ctrl_c_stops_the_build_and_nothing_is_written(tmp_path: Path) -> None:
         [sys.executable, "-c", INTERRUPTED, str(bundle)], capture_output=True, text=True, timeout=60, check=False
     )
     assert answer.stdout.strip() == "interrupted", answer.stderr
+    assert answer.returncode == 0  # the builder has ended before the interpreter does
     assert (bundle / "manifest.json").read_bytes() == before
     assert not (bundle / "engines").exists()
 
