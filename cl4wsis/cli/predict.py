@@ -61,9 +61,14 @@ def predict(
 
     An image that cannot be read is reported and skipped, and the exit code is 1 at the end.
     """
+    from cl4wsis.bundle import SUFFIX
+
     formats = _parse_formats(save)
     if not sources:
         raise typer.BadParameter("give images: files, folders or patterns, for example: cl4wsis predict photos/")
+    models = [source for source in sources if source.rstrip("/").endswith((SUFFIX, ".onnx"))]
+    if models:
+        raise typer.BadParameter(f"{models[0]} is a model, not an image: give it with --bundle {models[0]}")
     if resume and "ids" not in formats:
         raise typer.BadParameter("--resume reads the id maps of the earlier run, so --save must contain 'ids'")
 

@@ -130,6 +130,7 @@ def test_results_inside_the_source_are_not_predicted_again(folder: Path) -> None
     ("arguments", "message"),
     [
         ([], "give images"),
+        (["runs/farm-step1.cl4wsis", "photos"], "give it with --bundle runs/farm-step1.cl4wsis"),
         (["photos", "--save", "pdf"], "expected some of ids, coco, overlay"),
         (["photos", "--save", ""], "expected some of ids, coco, overlay"),
         (["photos", "--save", "coco", "--resume"], "must contain 'ids'"),
