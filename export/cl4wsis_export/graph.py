@@ -14,11 +14,11 @@ from cl4wsis.errors import BundleError
 from cl4wsis.grouping import GroupingSpec
 from cl4wsis_export.borders import join
 from cl4wsis_export.fused import INPUT_NAME, MAP_NAMES, FusedOutput, FusedSegmenter, MapGrouping, TracedNetwork
-from cl4wsis_export.passes import ConstantShapePass, FoldPass, TidyPass, check_operators
+from cl4wsis_export.passes import FoldPass, FreeBatchPass, TidyPass, check_operators
 
 BATCH = "batch"
-_EXAMPLE_BATCH = 2  # with 1 the exporter would take the batch for a constant
-_LARGEST_BATCH = 4096
+_TRACED_BATCH = 4099
+"""A prime that no other side is a multiple of; tracing with a free batch would take twice as long."""
 
 
 def build_graph(segmenter: FusedSegmenter, opset: int) -> ir.Model:
@@ -37,10 +37,8 @@ def build_graph(segmenter: FusedSegmenter, opset: int) -> ir.Model:
         BundleError: the network cannot be exported, or needs an operator that not every runtime has.
     """
     height, width = segmenter.input_size
-    example = torch.zeros(_EXAMPLE_BATCH, height, width, 3, dtype=torch.uint8)
+    example = torch.zeros(1, height, width, 3, dtype=torch.uint8)
     network = export_module(TracedNetwork(segmenter).eval(), {INPUT_NAME: example}, TracedNetwork.OUTPUT_NAMES, opset)
-    for value in network.graph.outputs:
-        value.shape = ir.Shape([BATCH, *(value.shape or ())[1:]])
     network.graph.outputs[:] = network.graph.outputs[: len(MAP_NAMES)]
     shapes = tuple(tuple(int(str(side)) for side in (value.shape or ())[1:]) for value in network.graph.outputs)
     tail = _build_tail(segmenter.spec, segmenter.input_size, segmenter.rounds, shapes, opset)
@@ -52,7 +50,7 @@ def _build_tail(
     spec: GroupingSpec, input_size: tuple[int, int], rounds: int, map_shapes: tuple[tuple[int, ...], ...], opset: int
 ) -> ir.Model:
     """Export the grouping of maps of these shapes (without the batch); not to be changed, as it is kept."""
-    examples = {name: torch.zeros(_EXAMPLE_BATCH, *shape) for name, shape in zip(MAP_NAMES, map_shapes, strict=True)}
+    examples = {name: torch.zeros(1, *shape) for name, shape in zip(MAP_NAMES, map_shapes, strict=True)}
     tail = export_module(MapGrouping(spec, input_size, rounds).eval(), examples, FusedOutput._fields, opset)
     _pin_output_shapes(tail, input_size, spec.max_instances)
     return tail
@@ -64,30 +62,29 @@ def export_module(
     """Export a module whose inputs share a free first dimension, tidy the graph and check its operators.
 
     Args:
-        module: in evaluation mode; called with the examples in order.
-        examples: input names and tensors with a batch of at least 2.
+        module: in evaluation mode; it takes as many tensors as there are examples, in order.
+        examples: input names, and tensors that tell type and shape for one row of a batch; their values are not read.
         output_names: in order.
         opset: ONNX operator set.
 
     Raises:
         BundleError: the module cannot be exported, or needs an operator that not every runtime has.
     """
-    batch = torch.export.Dim(BATCH, min=1, max=_LARGEST_BATCH)
+    inputs = tuple(example[:1].expand(_TRACED_BATCH, *example.shape[1:]) for example in examples.values())
     try:
         with _quiet(), torch.no_grad():
             program = torch.onnx.export(
                 module,
-                tuple(examples.values()),
+                inputs,
                 dynamo=True,
                 input_names=list(examples),
                 output_names=list(output_names),
-                dynamic_shapes=tuple({0: batch} for _ in examples),
                 opset_version=opset,
                 optimize=False,
                 verbose=False,
             )
             assert program is not None
-            passes = ir.passes.Sequential(TidyPass(), ConstantShapePass(), FoldPass(), TidyPass())
+            passes = ir.passes.Sequential(TidyPass(), FreeBatchPass(_TRACED_BATCH, BATCH), FoldPass(), TidyPass())
             model: ir.Model = passes(program.model).model
     except Exception as error:  # the exporter raises errors of many kinds
         raise BundleError(f"the network cannot be exported: {_first_line_of_cause(error)}") from error

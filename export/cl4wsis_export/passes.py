@@ -26,6 +26,8 @@ ALLOWED_OPERATORS = frozenset(_OPERATORS.split())
 """Operators that ONNX Runtime, TensorRT and TensorRT-RTX run, without data-dependent shapes, loops or branches."""
 
 _STANDARD_DOMAINS = ("", "ai.onnx")
+_SHAPE_INPUTS = {("Reshape", 1), ("Expand", 1), ("Resize", 3)}
+"""Operators and the inputs that tell them a shape."""
 
 
 class TidyPass(ir.passes.InPlacePass):
@@ -50,23 +52,76 @@ class TidyPass(ir.passes.InPlacePass):
         return ir.passes.PassResult(model, modified)
 
 
-class ConstantShapePass(ir.passes.InPlacePass):
-    """Give reshapes and resizes constant parameters, so that no shape is computed while the graph runs.
+class FreeBatchPass(ir.passes.InPlacePass):
+    """Free the batch of a graph that was traced with a fixed one, as if the exporter had left it open.
 
-    A reshape whose result has one free dimension, the batch, gets -1 for it; a resize gets factors in place of sizes.
+    The size must be a prime so large that no other side is a multiple of it: wherever it occurs, it is the batch. A
+    reshape that names it gets -1 in its place, and a resize factors in place of sizes, so that no shape is computed
+    while the graph runs.
+
+    Args:
+        size: of the batch the graph was traced with.
+        name: of the free dimension.
     """
 
+    def __init__(self, size: int, name: str) -> None:
+        super().__init__()
+        self._size = size
+        self._name = name
+
     def call(self, model: ir.Model) -> ir.passes.PassResult:
-        """Replace the parameters, and leave out what had computed them."""
-        modified = False
+        """Free the batch.
+
+        Raises:
+            BundleError: a constant depends on it in another way; every one is named.
+        """
         for node in model.graph.all_nodes():
             if node.op_type == "Reshape":
-                modified |= _fix_reshape(model, node)
+                self._free_reshape(model, node)
             elif node.op_type == "Resize":
-                modified |= _fix_resize(model, node)
-        if modified:
-            common.RemoveUnusedNodesPass()(model)
-        return ir.passes.PassResult(model, modified)
+                _scale_by_factors(model, node)
+        common.RemoveUnusedNodesPass()(model)  # with the constants that were replaced
+        self._refuse_fixed(model)
+        for value in (*model.graph.inputs, *(output for node in model.graph.all_nodes() for output in node.outputs)):
+            self._free_shape(value)
+        return ir.passes.PassResult(model, modified=True)
+
+    def _free_reshape(self, model: ir.Model, node: ir.Node) -> None:
+        sides = _constant(node.inputs[1])
+        if sides is None or np.count_nonzero(self._depends(sides)) != 1:
+            return  # of something without a batch, or refused below
+        free = np.where(self._depends(sides), -1, sides)
+        node.replace_input_with(1, _add_constant(model, free, f"{node.name}_shape"))
+
+    def _free_shape(self, value: ir.Value) -> None:
+        if value.shape is not None:
+            sides = (self._free_side(side) for side in value.shape)
+            value.shape = ir.Shape(list(sides))
+
+    def _free_side(self, side: int | ir.SymbolicDim) -> int | str | ir.SymbolicDim | None:
+        if not isinstance(side, int) or side % self._size or side == 0:
+            return side
+        return self._name if side == self._size else None
+
+    def _refuse_fixed(self, model: ir.Model) -> None:
+        fixed = []
+        for node in model.graph.all_nodes():
+            for index, value in enumerate(node.inputs):
+                array = _constant(value)
+                if array is None:
+                    continue
+                tells_sides = array.size == 1 or (node.op_type, index) in _SHAPE_INPUTS
+                if np.any(self._depends(np.array(array.shape))) or (tells_sides and np.any(self._depends(array))):
+                    fixed.append(f"{node.op_type} ({node.name})")
+        if fixed:
+            raise BundleError(
+                f"parts of the network depend on the number of images in a batch: {', '.join(fixed[:10])}. "
+                "Choose an encoder without them (recipe.network.encoder)"
+            )
+
+    def _depends(self, sides: NDArray[Any]) -> NDArray[np.bool_]:
+        depends: NDArray[np.bool_] = (sides != 0) & (sides % self._size == 0)
+        return depends
 
 
 class FoldPass(ir.passes.InPlacePass):
@@ -134,29 +189,18 @@ def _constant(value: ir.Value | None) -> NDArray[Any] | None:
     return None if value is None or value.const_value is None else value.const_value.numpy()
 
 
-def _fix_reshape(model: ir.Model, node: ir.Node) -> bool:
-    result = node.outputs[0].shape
-    if result is None or node.inputs[1] is None or node.inputs[1].const_value is not None:
-        return False
-    sizes = [size if isinstance(size, int) else -1 for size in result]
-    if sizes.count(-1) != 1:
-        return False
-    node.replace_input_with(1, _add_constant(model, np.array(sizes, np.int64), f"{node.name}_shape"))
-    return True
-
-
-def _fix_resize(model: ir.Model, node: ir.Node) -> bool:
+def _scale_by_factors(model: ir.Model, node: ir.Node) -> None:
+    """Let a resize of (B, C, h, w) maps say by how much it enlarges them, and not how large they become."""
     source = node.inputs[0].shape if node.inputs[0] is not None else None
     result = node.outputs[0].shape
     if source is None or result is None or len(node.inputs) < 4 or node.inputs[3] is None:
-        return False
+        return
     sides = [*source[2:], *result[2:]]
     if len(sides) != 4 or not all(isinstance(side, int) for side in sides):
-        return False
+        return
     factors = np.array([1, 1, sides[2] / sides[0], sides[3] / sides[1]], np.float32)
     node.replace_input_with(2, _add_constant(model, factors, f"{node.name}_factors"))
     node.replace_input_with(3, None)
-    return True
 
 
 def _add_constant(model: ir.Model, array: NDArray[Any], name: str) -> ir.Value:

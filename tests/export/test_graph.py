@@ -48,6 +48,21 @@ def test_a_data_dependent_module_is_refused() -> None:
         export_module(Sparse(), {"x": torch.ones(2, 3)}, ["y"], opset=18)
 
 
+def test_a_module_that_depends_on_the_batch_is_refused() -> None:
+    class Numbering(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x + torch.arange(x.shape[0]).unsqueeze(1)
+
+    class Averaging(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x / x.shape[0]
+
+    with pytest.raises(BundleError, match="depend on the number of images in a batch: Add"):
+        export_module(Numbering(), {"x": torch.ones(2, 3)}, ["y"], opset=18)
+    with pytest.raises(BundleError, match="depend on the number of images in a batch: Div"):
+        export_module(Averaging(), {"x": torch.ones(2, 3)}, ["y"], opset=18)
+
+
 def test_a_module_that_cannot_be_traced_is_explained() -> None:
     class Branching(torch.nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:

@@ -8,7 +8,7 @@ import pytest
 from cl4wsis.errors import BundleError
 from cl4wsis_export.passes import (
     ALLOWED_OPERATORS,
-    ConstantShapePass,
+    FreeBatchPass,
     MetadataPass,
     TidyPass,
     check_operators,
@@ -61,20 +61,43 @@ def test_tidying_computes_constants_and_removes_what_is_unused() -> None:
     assert count_operators(result.model) == {"Mul": 1}
 
 
-def test_shapes_that_depend_on_the_batch_alone_become_constant() -> None:
+def constants(node: ir.Node) -> list[list[float]]:
+    """Return the constant inputs of a node."""
+    values = (value.const_value for value in node.inputs if value is not None)
+    return [array.numpy().tolist() for array in values if array is not None]
+
+
+def free_batch(model: ir.Model) -> ir.Model:
+    """Free a batch of 4099."""
+    return FreeBatchPass(4099, "batch").call(TidyPass()(model).model).model
+
+
+def test_a_traced_batch_is_freed_alone_and_merged_with_other_sides() -> None:
     body = """
-        s = Shape<start=0, end=1>(x) n = Constant<value_ints=[2, 2]>() t = Concat<axis=0>(s, n)
-        y = Reshape(x, t)
+        two = Constant<value_ints=[4099, 2, 2]>() a = Reshape(x, two)
+        merged = Constant<value_ints=[8198, 2]>() b = Reshape(a, merged)
+        back = Constant<value_ints=[4099, 4]>() y = Reshape(b, back)
     """
-    model = graph(body, outputs="float[batch, 2, 2] y")
-    result = ConstantShapePass()(model)
-    assert result.modified
-    assert count_operators(result.model) == {"Reshape": 1}
-    shape = result.model.graph.node(0).inputs[1]
-    assert shape is not None
-    assert shape.const_value is not None
-    assert shape.const_value.numpy().tolist() == [-1, 2, 2]
-    assert not ConstantShapePass()(result.model).modified
+    model = free_batch(graph(body, "float[4099, 4] x", "float[4099, 4] y"))
+    assert [constants(node) for node in model.graph] == [[[-1, 2, 2]], [[-1, 2]], [[-1, 4]]]
+    shapes = [str(value.shape) for value in (*model.graph.inputs, *(node.outputs[0] for node in model.graph))]
+    assert shapes == ["[batch,4]", "[batch,2,2]", "[None,2]", "[batch,4]"]
+
+
+def test_a_resize_says_by_how_much_not_how_large() -> None:
+    body = """
+        n = Constant<value_ints=[4099, 1, 6, 4]>()
+        y = Resize<mode="linear">(x, , , n)
+    """
+    model = free_batch(graph(body, "float[4099, 1, 2, 2] x", "float[4099, 1, 6, 4] y"))
+    assert constants(model.graph.node(0)) == [[1, 1, 3, 2]]
+    assert str(model.graph.outputs[0].shape) == "[batch,1,6,4]"
+
+
+def test_a_batch_that_cannot_be_freed_is_named() -> None:
+    model = graph("n = Constant<value_ints=[4099, 4]>() y = Expand(x, n)", "float[1, 4] x", "float[4099, 4] y")
+    with pytest.raises(BundleError, match=r"depend on the number of images in a batch: Expand \("):
+        free_batch(model)
 
 
 def test_metadata_replaces_what_the_exporter_noted(tmp_path: Path) -> None:
