@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from tiny import tiny_plan
+from torch import nn
 
 from cl4wsis.bundle import Precision, open_bundle
 from cl4wsis.checks import Limits
@@ -26,6 +27,17 @@ SIDE = 128
 LARGE = [pytest.param(name, marks=pytest.mark.exhaustive) for name in ("resnet50", "resnet101")]
 
 
+def measure_statistics(network: InstanceSegmenter, frames: np.ndarray) -> None:
+    """Let an untrained network normalise as a trained one does; the order of centers would be rounding otherwise."""
+    norms = [module for module in network.modules() if isinstance(module, nn.BatchNorm2d)]
+    for norm in norms:
+        norm.momentum = 1.0
+        norm.train()
+    with torch.no_grad():
+        network(network.normalize(torch.from_numpy(frames).permute(0, 3, 1, 2)))
+    network.eval()
+
+
 @pytest.fixture(scope="module", params=["tf_efficientnet_lite0", *LARGE])
 def path(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Export an untrained network whose answers hold many instances."""
@@ -34,13 +46,10 @@ def path(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
         f"recipe.network.encoder={request.param}",
         'steps=[["disc", "square", "star"], ["ring"]]',
     )
-    torch.manual_seed(3)
+    torch.manual_seed(5)  # no region of its maps hangs on the rounding of one pixel
     network = InstanceSegmenter(plan.recipe.network, (3, 1)).eval()
-    with torch.no_grad():
-        branch = network.instance_branch
-        heads = [network.semantic_branch.classifier, branch.center_head, branch.offset_head]
-        for parameter in (parameter for head in heads for parameter in head.parameters()):
-            parameter.mul_(20)  # untrained maps are so flat that the order of centers would be a matter of rounding
+    rule = InputRule(size=plan.recipe.input_size, mean=network.mean, std=network.std)
+    measure_statistics(network, verification_frames(rule, 8, seed=1))
     classes = (
         ClassInfo(name=n, step_added=i // 3, color=class_color(i)) for i, n in enumerate(plan.split(1).seen_names)
     )
@@ -50,7 +59,7 @@ def path(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
         classes=tuple(classes),
         class_counts=(3, 1),
         network=plan.recipe.network,
-        input=InputRule(size=plan.recipe.input_size, mean=network.mean, std=network.std),
+        input=rule,
         weights_sha256="12" * 32,
         parent_sha256=None,
         seconds={},
@@ -62,7 +71,7 @@ def path(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
         precisions=PRECISIONS,
         precision_images=3,
         calibration_images=4,
-        limits={"float16": Limits(matched=0.7), "int8": Limits(matched=0.2)},  # untrained: much is a matter of rounding
+        limits={"float16": Limits(matched=0.7), "int8": Limits()},  # untrained maps are flat: much is rounding
     )
     return export_network(network, info, tmp_path_factory.mktemp("encoders") / "x.cl4wsis", spec)
 
