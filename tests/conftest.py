@@ -1,29 +1,31 @@
 """Hooks of pytest for runs in several processes."""
 
+import contextlib
+import os
+import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-
-def pytest_addoption(parser: pytest.Parser) -> None:
-    """Add what a run needs that goes on where another one broke off."""
-    parser.addoption("--note-passed", type=Path, help="write the tests that passed into this file")
-    parser.addoption("--leave-out", type=Path, help="leave out the tests that this file names")
+NOTE_PASSED = "CL4WSIS_NOTE_PASSED"
+"""Environment variable that names a file: the tests that pass are written into it."""
+LEAVE_OUT = "CL4WSIS_LEAVE_OUT"
+"""Environment variable that names such a file: its tests are left out, to go on where a run broke off."""
 
 
 def pytest_configure(config: pytest.Config) -> None:
     """Note what passes, in the process that hears of all tests."""
-    path = config.getoption("--note-passed")
-    if path is not None and not hasattr(config, "workerinput"):
-        config.pluginmanager.register(PassedTests(path))
+    path = os.environ.get(NOTE_PASSED)
+    if path and not hasattr(config, "workerinput"):
+        config.pluginmanager.register(PassedTests(Path(path)))
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Leave out what passed before."""
-    path = config.getoption("--leave-out")
-    if path is not None:
-        passed = set(path.read_text(encoding="utf-8").splitlines())
+    path = os.environ.get(LEAVE_OUT)
+    if path:
+        passed = set(Path(path).read_text(encoding="utf-8").splitlines())
         config.hook.pytest_deselected(items=[item for item in items if item.nodeid in passed])
         items[:] = [item for item in items if item.nodeid not in passed]
 
@@ -52,5 +54,8 @@ class PassedTests:
 @pytest.hookimpl(optionalhook=True)
 def pytest_testnodedown(node: Any, error: object | None) -> None:
     """Say how a test process died: pytest-xdist names the test it was running, but not the exit code or signal."""
-    if error is not None:
-        print(f"\n{node.gateway.id} ended with exit code {node.gateway._io.popen.wait(60)}; a negative one is a signal")
+    if error is None:
+        return
+    with contextlib.suppress(subprocess.TimeoutExpired):  # it may live on, when pytest itself could not begin there
+        code = node.gateway._io.popen.wait(10)
+        print(f"\n{node.gateway.id} ended with exit code {code}; a negative one is a signal")
