@@ -1,5 +1,6 @@
 """Printing: results go to stdout, everything else to stderr. rich is imported on first use."""
 
+import functools
 import json
 import sys
 from collections.abc import Iterable, Sequence
@@ -29,7 +30,7 @@ def print_json(content: Any) -> None:
 
 
 def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
-    """Print a table of results.
+    """Print a table of results. Where it is wider than the terminal, headings break at spaces and gaps shrink.
 
     Args:
         title: line above the table.
@@ -39,14 +40,33 @@ def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[obje
     from rich import box
     from rich.table import Table
 
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for column in columns:
-        table.add_column(column.removesuffix("#"), justify="right" if column.endswith("#") else "left")
-    for row in rows:
-        table.add_row(*("-" if value is None else str(value) for value in row))
     console = results_console()
+    headings = [column.removesuffix("#") for column in columns]
+    is_number = [column.endswith("#") for column in columns]
+    cells = [["-" if value is None else str(value) for value in row] for row in rows]
+    values = [[row[index] for row in cells] for index in range(len(columns))]
+    if _width(headings, values, is_number, gap=3) > console.width:
+        headings = [heading.replace(" ", "\n") for heading in headings]
+    padding = int(_width(headings, values, is_number, gap=3) <= console.width)
+    smallest = _width(headings, values, is_number, gap=1)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, padding))
+    if smallest > console.width:
+        table.width = smallest  # the terminal breaks such lines, which loses nothing
+    for heading, right in zip(headings, is_number, strict=True):
+        table.add_column(heading, justify="right" if right else "left", no_wrap=right, overflow="fold")
+    for row in cells:
+        table.add_row(*row)
     console.print(title, style="bold", soft_wrap=True)  # a table would break its title at its own width
-    console.print(table)
+    console.print(table, crop=False)
+
+
+def _width(headings: Sequence[str], values: Sequence[Sequence[str]], is_number: Sequence[bool], gap: int) -> int:
+    """Return the columns that a table needs if texts may break at spaces, and numbers and headings must not."""
+    widths = [
+        max(map(len, [*heading.splitlines(), *(column if right else " ".join(column).split())]), default=0)
+        for heading, column, right in zip(headings, values, is_number, strict=True)
+    ]
+    return sum(widths) + gap * (len(widths) - 1) + 2
 
 
 def print_fields(title: str, fields: Iterable[tuple[str, object]]) -> None:
@@ -67,6 +87,12 @@ def print_fields(title: str, fields: Iterable[tuple[str, object]]) -> None:
 def note(text: str) -> None:
     """Print one line for the person at the keyboard, on stderr."""
     progress_console().print(text, soft_wrap=True)
+
+
+@functools.cache
+def note_once(text: str) -> None:
+    """Print such a line the first time it comes up."""
+    note(text)
 
 
 def progress_bar() -> "Progress":

@@ -94,7 +94,7 @@ class Runtime(NamedTuple):
             BackendError: the backend is unknown, cannot run here or fails the self-test.
         """
         from cl4wsis.bundle import PRECISION_OPTIONS
-        from cl4wsis.cli.console import note
+        from cl4wsis.cli.console import note, note_once
         from cl4wsis_serve.predictor import Predictor
 
         spelled = {PrecisionChoice(option): precision for precision, option in PRECISION_OPTIONS.items()}
@@ -110,5 +110,5 @@ class Runtime(NamedTuple):
         precision = PRECISION_OPTIONS[predictor.precision]
         note(f"{bundle} on {predictor.backend.name}, {precision}, grouping: {predictor.post}")
         if predictor.skipped:
-            note(f"passed over: {', '.join(predictor.skipped)} (see 'cl4wsis doctor', or --json for the reasons)")
+            note_once(f"passed over: {', '.join(predictor.skipped)} (see 'cl4wsis doctor', or --json for the reasons)")
         return predictor

@@ -11,6 +11,7 @@ import pytest
 from bundles import color_image, write_color_bundle
 from typer.testing import CliRunner
 
+from cl4wsis.cli.console import note_once
 from cl4wsis.cli.main import app
 from cl4wsis.cli.predict import newest_bundle
 from cl4wsis.errors import BundleError
@@ -70,6 +71,7 @@ def test_choice_of_the_runtime_is_kept_and_told(folder: Path, post: str) -> None
 
 
 def test_what_auto_passed_over_is_told_with_the_reasons(folder: Path) -> None:
+    note_once.cache_clear()  # another test of this process may have told it
     answer = RUNNER.invoke(app, ["predict", "photos", "--json"])
     skipped = json.loads(answer.stdout)["skipped"]
     assert all(reason for reason in skipped.values())
