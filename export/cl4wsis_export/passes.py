@@ -88,7 +88,7 @@ class FreeBatchPass(ir.passes.InPlacePass):
 
     def _free_reshape(self, model: ir.Model, node: ir.Node) -> None:
         sides = _constant(node.inputs[1])
-        if sides is None or np.count_nonzero(self._depends(sides)) != 1:
+        if sides is None or -1 in sides or np.count_nonzero(self._depends(sides)) != 1:
             return  # of something without a batch, or refused below
         free = np.where(self._depends(sides), -1, sides)
         node.replace_input_with(1, _add_constant(model, free, f"{node.name}_shape"))
@@ -120,7 +120,9 @@ class FreeBatchPass(ir.passes.InPlacePass):
             )
 
     def _depends(self, sides: NDArray[Any]) -> NDArray[np.bool_]:
-        depends: NDArray[np.bool_] = (sides != 0) & (sides % self._size == 0)
+        numbers = np.asarray(sides, np.float64)  # of any type, bool and infinity among them
+        with np.errstate(invalid="ignore"):
+            depends: NDArray[np.bool_] = (numbers != 0) & (numbers % self._size == 0)
         return depends
 
 

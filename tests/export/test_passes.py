@@ -100,6 +100,17 @@ def test_a_batch_that_cannot_be_freed_is_named() -> None:
         free_batch(model)
 
 
+def test_constants_of_every_type_are_no_batch() -> None:
+    body = """
+        low = Constant<value_float=0.0>() far = Constant<value = float {inf}>() c = Clip(x, low, far)
+        yes = Constant<value = bool {1}>() more = Greater(x, low) both = And(more, yes)
+        b = Cast<to=1>(both) y = Mul(c, b)
+    """
+    model = free_batch(graph(body, "float[4099, 4] x", "float[4099, 4] y"))
+    kinds = {value.dtype for value in model.graph.initializers.values()}
+    assert kinds == {ir.DataType.FLOAT, ir.DataType.BOOL}
+
+
 def test_metadata_replaces_what_the_exporter_noted(tmp_path: Path) -> None:
     model = graph("y = Relu(x)")
     model.metadata_props["trace"] = model.graph.node(0).metadata_props["path"] = "/home/somebody"
