@@ -29,6 +29,13 @@ def test_no_reshape_has_a_fixed_batch(bundle_path: Path) -> None:
             assert shape.const_value.numpy()[0] == -1, node.name
 
 
+def test_weights_of_convolutions_are_constants_without_taps_on_padding(bundle_path: Path) -> None:
+    convolutions = [node for node in ir.load(str(bundle_path / "model.onnx")).graph if node.op_type == "Conv"]
+    weights = [node.inputs[1] for node in convolutions]
+    assert all(value is not None and value.const_value is not None for value in weights)
+    assert all(max(node.attributes.get_ints("dilations", [1, 1])) < 6 for node in convolutions)  # maps are 4x6
+
+
 def test_uint8_is_made_by_the_last_operation(bundle_path: Path) -> None:
     model = ir.load(str(bundle_path / "model.onnx"))
     ids = model.graph.outputs[0]
