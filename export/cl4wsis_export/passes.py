@@ -96,7 +96,7 @@ class FreeBatchPass(ir.passes.InPlacePass):
         if sides is None or -1 in sides or np.count_nonzero(self._depends(sides)) != 1:
             return  # of something without a batch, or refused below
         free = np.where(self._depends(sides), -1, sides)
-        node.replace_input_with(1, _add_constant(model, free, f"{node.name}_shape"))
+        node.replace_input_with(1, add_constant(model, free, f"{node.name}_shape"))
 
     def _free_shape(self, value: ir.Value) -> None:
         if value.shape is not None:
@@ -160,7 +160,7 @@ def _fold_normalization(model: ir.Model, node: ir.Node) -> bool:
     shift = beta + ((bias[0] if bias else 0) - mean) * factor
     conv.resize_inputs(3)
     for index, (array, name) in enumerate(((weight, "weight"), (shift, "bias")), start=1):
-        conv.replace_input_with(index, _add_constant(model, array.astype(np.float32), f"{conv.name}_{name}"))
+        conv.replace_input_with(index, add_constant(model, array.astype(np.float32), f"{conv.name}_{name}"))
     _take_over(node.outputs[0], conv.outputs[0])
     model.graph.remove(node, safe=True)
     return True
@@ -206,11 +206,12 @@ def _scale_by_factors(model: ir.Model, node: ir.Node) -> None:
     if len(sides) != 4 or not all(isinstance(side, int) for side in sides):
         return
     factors = np.array([1, 1, sides[2] / sides[0], sides[3] / sides[1]], np.float32)
-    node.replace_input_with(2, _add_constant(model, factors, f"{node.name}_factors"))
+    node.replace_input_with(2, add_constant(model, factors, f"{node.name}_factors"))
     node.replace_input_with(3, None)
 
 
-def _add_constant(model: ir.Model, array: NDArray[Any], name: str) -> ir.Value:
+def add_constant(model: ir.Model, array: NDArray[Any], name: str) -> ir.Value:
+    """Add a constant to a graph, as an initialiser."""
     value = ir.Value(
         name=name,
         shape=ir.Shape(array.shape),
