@@ -36,7 +36,7 @@ class TidyPass(ir.passes.InPlacePass):
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Tidy the graph."""
         modified = common.InlinePass()(model).modified
-        modified |= fold_constants(model, onnx_shape_inference=True, should_fold=_is_slice).modified
+        modified |= fold_constants(model, onnx_shape_inference=True, should_fold=_is_rearrangement).modified
         passes = ir.passes.Sequential(
             common.IdentityEliminationPass(),
             common.RemoveUnusedNodesPass(),
@@ -52,9 +52,9 @@ class TidyPass(ir.passes.InPlacePass):
         return ir.passes.PassResult(model, modified)
 
 
-def _is_slice(node: ir.Node) -> bool | None:
-    """Fold slices of constants of any size, as they take less room than the whole; otherwise leave the choice open."""
-    return True if node.op_type == "Slice" else None
+def _is_rearrangement(node: ir.Node) -> bool | None:
+    """Fold slices and concatenations of constants, whatever their size; otherwise leave the choice open."""
+    return True if node.op_type in ("Slice", "Concat") else None
 
 
 class FreeBatchPass(ir.passes.InPlacePass):

@@ -116,6 +116,10 @@ def verify_precision(
 ) -> tuple[Agreement, list[Outputs]]:
     """Compare a graph of lower precision with the float32 graph.
 
+    In a batch, sums of floats may end in another last digit, and where that decides how a value is rounded, answers
+    change as much as by rounding at all. So images in a batch may differ from images alone, but by no more than these
+    differ from float32.
+
     Args:
         graph: contents of the ``.onnx`` file.
         frames: (N, H, W, 3) uint8 RGB.
@@ -131,12 +135,15 @@ def verify_precision(
     """
     session = open_session(graph)
     outputs = run_frames(session, frames)
+    agreement = _agreement(outputs, truth)
     together = _run(session, frames[: max(BATCH_SIZES)])
-    _compare_ids(together, outputs, f"the {precision} graph answers differently in a batch")
-    counter = AgreementCounter()
-    for answer, expected in zip(outputs, truth, strict=True):
-        counter.add(_instances(answer), _instances(expected))
-    agreement = counter.result()
+    in_batch = _agreement(together, outputs[: len(together)]).differing_pixels
+    limit = max(MAX_DIFFERING_PIXELS, agreement.differing_pixels)
+    if in_batch > limit:
+        raise BundleError(
+            f"the {precision} graph answers differently in a batch: {in_batch:.2%} of the foreground belongs to "
+            f"another instance (limit {limit:.2%})"
+        )
     problems = _beyond(agreement, limits)
     if problems:
         raise BundleError(
@@ -248,6 +255,13 @@ def _instances(outputs: Outputs) -> Instances:
         boxes=outputs["boxes"],
     )
     return slots.select(outputs["areas"] > 0)
+
+
+def _agreement(answers: Sequence[Outputs], expected: Sequence[Outputs]) -> Agreement:
+    counter = AgreementCounter()
+    for answer, reference in zip(answers, expected, strict=True):
+        counter.add(_instances(answer), _instances(reference))
+    return counter.result()
 
 
 def _compare_ids(answers: Sequence[Outputs], expected: Sequence[Outputs], what: str) -> None:
