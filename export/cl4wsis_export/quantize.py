@@ -39,6 +39,7 @@ from cl4wsis_export.precision import head_nodes, layer_type, network_nodes
 
 _CORRECTION_FRAMES = 16
 """Calibration images over which the shift of a channel is averaged; 64 changed nothing."""
+_CARRIED_THROUGH = ("Relu", "BatchNormalization", "Add", "Mul", "Reshape", "Transpose")
 _PREPARED = {"onnx.quant.pre_process": "onnxruntime.quant"}  # else the quantiser advises to fold and infer shapes first
 
 
@@ -91,14 +92,22 @@ def frame_hashes(frames: NDArray[np.uint8]) -> tuple[str, ...]:
 def _hold_quantization(model: ir.Model) -> None:
     """Keep OpenVINO from moving the quantisation of a concatenation that an ordinary convolution reads."""
     for node in list(model.graph):
-        source = node.inputs[0].producer() if node.op_type == "QuantizeLinear" and node.inputs[0] is not None else None
-        if source is None or source.op_type != "Concat" or all(map(_is_depthwise, _readers(node))):
+        value = node.inputs[0] if node.op_type == "QuantizeLinear" else None
+        if value is None or not _comes_from_concatenation(value) or all(map(_is_depthwise, _readers(node))):
             continue
-        hold = ir.node("LeakyRelu", [source.outputs[0]], {"alpha": ir.AttrFloat32("alpha", 1.0)})
-        hold.name, hold.outputs[0].name = f"{source.name}_hold", f"{source.outputs[0].name}_held"
-        hold.outputs[0].type, hold.outputs[0].shape = source.outputs[0].type, source.outputs[0].shape
+        hold = ir.node("LeakyRelu", [value], {"alpha": ir.AttrFloat32("alpha", 1.0)}, name=f"{value.name}_hold")
+        (held,) = hold.outputs
+        held.name, held.type, held.shape = f"{value.name}_held", value.type, value.shape
         model.graph.insert_before(node, hold)
-        node.replace_input_with(0, hold.outputs[0])
+        node.replace_input_with(0, held)
+
+
+def _comes_from_concatenation(value: ir.Value) -> bool:
+    """Return whether a value is a concatenation, or made of one by operators that a quantisation is carried through."""
+    producer = value.producer()
+    while producer is not None and producer.op_type in _CARRIED_THROUGH and producer.inputs[0] is not None:
+        producer = producer.inputs[0].producer()
+    return producer is not None and producer.op_type == "Concat"
 
 
 def _readers(quantize: ir.Node) -> Iterator[ir.Node]:
