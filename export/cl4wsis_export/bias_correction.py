@@ -8,6 +8,8 @@ Source: Nagel et al., "Data-Free Quantization Through Weight Equalization and Bi
 the means are measured on images here, padding included.
 """
 
+from typing import Any
+
 import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
@@ -78,10 +80,12 @@ def _dequantized(value: ir.Value | None) -> FloatArray:
     node = value.producer()
     assert node is not None
     integers, scales = _array(node.inputs[0]), _array(node.inputs[1])
-    return integers.astype(np.float32) * scales.reshape(-1, *[1] * (integers.ndim - 1))
+    weights: FloatArray = integers.astype(np.float32) * scales.reshape(-1, *[1] * (integers.ndim - 1))
+    return weights
 
 
-def _array(value: ir.Value | None) -> FloatArray:
+def _array(value: ir.Value | None) -> NDArray[Any]:
     assert value is not None
     assert value.const_value is not None
-    return value.const_value.numpy()
+    array: NDArray[Any] = value.const_value.numpy()
+    return array

@@ -1,7 +1,5 @@
 """A graph of lower precision against the float32 graph, on graphs that find red and blue pixels."""
 
-from typing import cast
-
 import numpy as np
 import onnx
 import pytest
@@ -42,4 +40,4 @@ def test_images_that_answer_for_one_another_in_a_batch_are_found() -> None:
     assert agreement.differing_pixels == 0
     assert len(outputs) == len(images)
     with pytest.raises(BundleError, match=r"int8 graph answers differently in a batch: 88\.37% of the foreground"):
-        verify_precision(cast(bytes, mixing_model().SerializeToString()), images, truth, "int8", Limits())
+        verify_precision(mixing_model().SerializeToString(), images, truth, "int8", Limits())
