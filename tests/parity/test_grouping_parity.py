@@ -13,9 +13,10 @@ pytest.importorskip("onnxruntime", reason="running the graph needs the extra 'cp
 import torch
 from cases import GroupingScene, grouping_scene
 
-from cl4wsis.grouping import GroupingSpec, group_instances
+from cl4wsis.grouping import GroupingSpec, group_instances, group_maps
 from cl4wsis.instances import Instances
 from cl4wsis.masks import mask_iou, rle_from_ids
+from cl4wsis_export.fused import MapGrouping
 from cl4wsis_export.graph import export_module, serialize
 from cl4wsis_export.grouping import GroupingOutput, StaticGrouping
 from cl4wsis_export.verify import open_session
@@ -152,3 +153,21 @@ def test_unused_slots_are_zero(profile: str) -> None:
     assert unused.any()
     for name in ("labels", "scores", "boxes"):
         assert not outputs[name][unused].any(), name
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_objects_that_the_image_cuts_off_have_the_same_center(seed: int) -> None:
+    """Beyond the outermost coarse pixels all values are equal, whatever weights a runtime gives to one and the same."""
+    generator = np.random.default_rng(seed)
+    heatmap = generator.uniform(0, 0.1, (1, 16, 16))
+    along = generator.integers(3, 13, 4)
+    rows, columns = np.array([0, 15, along[0], along[1]]), np.array([along[2], along[3], 0, 15])
+    heatmap[0, rows, columns] = generator.uniform(0.3, 0.9, 4)
+    logits = np.broadcast_to(np.array([-5.0, 5.0])[:, None, None], (2, 4, 4))
+    maps = [array.astype(np.float32) for array in (logits, heatmap, generator.normal(0, 0.01, (2, 16, 16)))]
+    spec = GroupingSpec(profile="exact", nms_kernel_size=9, min_area=1)
+    reference = group_maps(*maps, (SIDE, SIDE), spec)
+    assert len(reference) == 4
+    with torch.inference_mode():
+        found = MapGrouping(spec, (SIDE, SIDE), ROUNDS)(*(torch.from_numpy(array)[None] for array in maps))
+    np.testing.assert_array_equal(found.instance_ids[0].numpy(), reference.instance_ids)

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from cl4wsis.tasks import load_plan
-from cl4wsis_train.models.maps import apply_image_prior, share_centers
-from cl4wsis_train.models.network import InstanceSegmenter
+from cl4wsis_train.models.maps import apply_image_prior, maps_on_grid, share_centers
+from cl4wsis_train.models.network import InstanceSegmenter, SegmenterOutput
 
 
 def test_probabilities_are_weighted_by_the_shares_of_the_image() -> None:
@@ -96,3 +96,16 @@ def test_the_network_shares_centers_outside_of_training_only() -> None:
         network.train()
         network.instance_branch.eval()
         assert torch.equal(network(images).center_heatmap, plain)
+
+
+@pytest.mark.parametrize("stride", [1, 2, 3, 4, 8])
+def test_an_enlarged_heatmap_is_constant_beyond_the_outermost_coarse_pixels(stride: int) -> None:
+    coarse = [torch.rand(2, channels, 12, 16) for channels in (4, 3, 2)]
+    size = (12 * stride, 16 * stride)
+    fine = maps_on_grid(SegmenterOutput(*coarse), size, "exact").center_heatmap
+    expected = torch.nn.functional.interpolate(coarse[1], size=size, mode="bilinear")
+    torch.testing.assert_close(fine, expected, atol=1e-6, rtol=0)
+    rim = (stride + 1) // 2
+    for side in (fine, fine.transpose(2, 3)):
+        for first, last in ((0, rim), (side.shape[2] - rim, side.shape[2])):
+            assert (side[:, :, first:last] == side[:, :, first : first + 1]).all()

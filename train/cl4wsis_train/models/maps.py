@@ -93,7 +93,7 @@ def maps_on_grid(
     grid = grouping_grid(input_size, profile)
     return output._replace(
         semantic_logits=_resized(output.semantic_logits, grid),
-        center_heatmap=_resized(output.center_heatmap, grid),
+        center_heatmap=_with_flat_rim(_resized(output.center_heatmap, grid), output.center_heatmap),
         offset_map=_resized(output.offset_map, grid),
     )
 
@@ -104,6 +104,20 @@ def grouping_maps(
     """Make what grouping/1 reads of the network's maps: as :func:`maps_on_grid`, then the softmax over classes."""
     logits, center_heatmap, offset_map = maps_on_grid(output, input_size, profile)
     return GroupingMaps(logits.softmax(dim=1), center_heatmap, offset_map)
+
+
+def _with_flat_rim(maps: Tensor, coarse: Tensor) -> Tensor:
+    """Make enlarged maps exactly constant where they are so but for rounding: outside the outermost coarse pixels.
+
+    An object that the image cuts off often has its peak there, and of equal pixels the last one is the center. Runtimes
+    that weigh a value with itself disagree in the last digit, and so on the center and the pixels nearest to it.
+    """
+    height, width = maps.shape[-2:]
+    down, right = (height // coarse.shape[-2] - 1) // 2, (width // coarse.shape[-1] - 1) // 2
+    if not (down or right):
+        return maps
+    inner = maps[..., down : height - down, right : width - right]
+    return F.pad(inner, (right, right, down, down), mode="replicate")
 
 
 def _resized(maps: Tensor, grid: tuple[int, int]) -> Tensor:
