@@ -36,7 +36,7 @@ class TidyPass(ir.passes.InPlacePass):
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Tidy the graph."""
         modified = common.InlinePass()(model).modified
-        modified |= fold_constants(model, onnx_shape_inference=True).modified
+        modified |= fold_constants(model, onnx_shape_inference=True, should_fold=_is_rearrangement).modified
         passes = ir.passes.Sequential(
             common.IdentityEliminationPass(),
             common.RemoveUnusedNodesPass(),
@@ -50,6 +50,11 @@ class TidyPass(ir.passes.InPlacePass):
         )
         modified |= passes(model).modified
         return ir.passes.PassResult(model, modified)
+
+
+def _is_rearrangement(node: ir.Node) -> bool | None:
+    """Fold slices and concatenations of constants, whatever their size; otherwise leave the choice open."""
+    return True if node.op_type in ("Slice", "Concat") else None
 
 
 class FreeBatchPass(ir.passes.InPlacePass):

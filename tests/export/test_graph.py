@@ -29,6 +29,22 @@ def test_no_reshape_has_a_fixed_batch(bundle_path: Path) -> None:
             assert shape.const_value.numpy()[0] == -1, node.name
 
 
+def test_weights_of_convolutions_are_constants_without_taps_on_padding(bundle_path: Path) -> None:
+    convolutions = [node for node in ir.load(str(bundle_path / "model.onnx")).graph if node.op_type == "Conv"]
+    weights = [node.inputs[1] for node in convolutions]
+    assert all(value is not None and value.const_value is not None for value in weights)
+    assert all(max(node.attributes.get_ints("dilations", [1, 1])) < 6 for node in convolutions)  # maps are 4x6
+
+
+def test_heads_of_all_steps_are_one_convolution(bundle_path: Path) -> None:
+    convolutions = [node for node in ir.load(str(bundle_path / "model.onnx")).graph if node.op_type == "Conv"]
+    weights = [node.inputs[1] for node in convolutions]
+    shapes = [value.const_value.shape for value in weights if value is not None and value.const_value is not None]
+    widths = [shape[0] for shape in shapes if shape[1:] == (16, 1, 1)]  # the branches of this network have 16 channels
+    assert widths.count(1 + 3 + 2) == widths.count(3 + 2) == 1
+    assert not {1 + 3, 3} & set(widths)
+
+
 def test_uint8_is_made_by_the_last_operation(bundle_path: Path) -> None:
     model = ir.load(str(bundle_path / "model.onnx"))
     ids = model.graph.outputs[0]

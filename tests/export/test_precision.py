@@ -130,7 +130,7 @@ def test_the_network_of_a_bundle_becomes_half(network_of_bundle: ir.Model) -> No
     HalfPass()(half)
     types = count_types(half)
     heads = sum(node.op_type == "Conv" for node in head_nodes(network_of_bundle))
-    assert heads == 7  # two steps of classes, discriminant, upsampling, two steps of centers, one of offsets
+    assert heads == 5  # classes, discriminant, upsampling, centers, offsets; those of all steps in one
     assert types == {"float16": count_types(network_of_bundle)["float32"] - heads, "float32": heads}
     assert len(serialize(half)) < 0.6 * len(serialize(network_of_bundle))
     expected = open_session(serialize(network_of_bundle)).run(list(MAP_NAMES), {"images": FRAMES})

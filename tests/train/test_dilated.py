@@ -1,8 +1,9 @@
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
-from cl4wsis_train.models.dilated import DilatedDepthwiseConv2d, replace_dilated_depthwise
+from cl4wsis_train.models.dilated import DilatedConv2d, DilatedDepthwiseConv2d, replace_dilated_depthwise
 from cl4wsis_train.models.encoder import build_encoder
 
 
@@ -11,6 +12,32 @@ def depthwise(channels: int, kernel_size: int, dilation: int, **options: object)
     return nn.Conv2d(
         channels, channels, kernel_size, padding=padding, dilation=dilation, groups=channels, **options
     ).double()
+
+
+def values_and_gradients(convolution: nn.Module, features: Tensor, weights: Tensor) -> list[Tensor]:
+    given = features.clone().requires_grad_()
+    convolution.zero_grad()
+    output = convolution(given)
+    (output * weights).sum().backward()
+    assert given.grad is not None
+    return [output, given.grad, *(parameter.grad.clone() for parameter in convolution.parameters())]
+
+
+@pytest.mark.parametrize("size", [(7, 7), (6, 7), (7, 6), (6, 6), (1, 13), (3, 3)])
+def test_leaving_out_taps_on_padding_changes_nothing(size: tuple[int, int]) -> None:
+    fast = DilatedConv2d(3, 5, dilation=6).double()
+    plain = nn.Conv2d(3, 5, 3, padding=6, dilation=6, bias=False).double()
+    plain.load_state_dict(fast.state_dict())
+    features, weights = (torch.randn(2, channels, *size, dtype=torch.float64) for channels in (3, 5))
+    for expected, actual in zip(*(values_and_gradients(c, features, weights) for c in (plain, fast)), strict=True):
+        torch.testing.assert_close(actual, expected)
+
+
+def test_taps_on_padding_cost_nothing() -> None:
+    convolution = DilatedConv2d(4, 8, dilation=6).eval()
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        convolution(torch.zeros(1, 4, 6, 6))
+    assert counter.get_total_flops() == 2 * 4 * 8 * 6 * 6
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -22,17 +49,10 @@ def test_values_and_gradients_are_those_of_the_plain_convolution(
     fast = DilatedDepthwiseConv2d(plain)
     features = torch.randn(2, 6, *size, dtype=torch.float64).to(memory_format=torch.channels_last)
     weights = torch.randn(2, 6, *size, dtype=torch.float64)
-    results = []
-    for convolution in (plain, fast):
-        given = features.clone().requires_grad_()
-        convolution.zero_grad()
-        output = convolution(given)
-        (output * weights).sum().backward()
-        gradients = [parameter.grad.clone() for parameter in convolution.parameters()]
-        results.append([output, given.grad, *gradients])
-        assert output.is_contiguous(memory_format=torch.channels_last)
+    results = [values_and_gradients(convolution, features, weights) for convolution in (plain, fast)]
     for expected, actual in zip(*results, strict=True):
         torch.testing.assert_close(actual, expected)
+    assert all(output.is_contiguous(memory_format=torch.channels_last) for output, *_ in results)
 
 
 @pytest.mark.parametrize("dilation", [2, 4])

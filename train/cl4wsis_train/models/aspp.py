@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from cl4wsis_train.models.dilated import DilatedConv2d
 from cl4wsis_train.processes import num_processes
 
 LEAKY_SLOPE = 0.01
@@ -90,5 +91,5 @@ class InstancePyramid(nn.Module):
 def _pyramid_convolutions(in_channels: int, channels: int, dilations: Sequence[int]) -> nn.ModuleList:
     """Make one 1x1 convolution and a dilated 3x3 convolution per dilation, without bias."""
     pointwise = nn.Conv2d(in_channels, channels, 1, bias=False)
-    dilated = [nn.Conv2d(in_channels, channels, 3, padding=d, dilation=d, bias=False) for d in dilations]
+    dilated = [DilatedConv2d(in_channels, channels, dilation) for dilation in dilations]
     return nn.ModuleList([pointwise, *dilated])

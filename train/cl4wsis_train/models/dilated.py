@@ -1,14 +1,32 @@
-"""Dilated depthwise convolutions that are cheap on CPUs too.
+"""Dilated convolutions without work that changes nothing, and depthwise ones that are cheap on CPUs too.
 
-With dilation d, output pixels depend on input pixels of the same row and column modulo d alone. The d x d interleaved
-images are therefore convolved side by side without dilation: the same sums, but CPU libraries have a fast backward pass
-for them. At 8x8 cells and 1152 channels, kernel 5 and dilation 2, forward and backward take a tenth of the time; so
-does the forward pass alone at 20x20 cells and dilation 4, for which these libraries lack a fast one too.
+On a map of at most d cells, dilation d puts every tap but the middle one on padding: a 3x3 convolution is a 1x1 one
+there. With dilations 12 and 18, as the pyramids have them, that is so for images of up to 192 and 288 px at stride 16.
+
+Depthwise: output pixels depend on input pixels of the same row and column modulo d alone. The d x d interleaved images
+are therefore convolved side by side without dilation: the same sums, but CPU libraries have a fast backward pass for
+them. At 8x8 cells and 1152 channels, kernel 5 and dilation 2, forward and backward take a tenth of the time; so does
+the forward pass alone at 20x20 cells and dilation 4, for which these libraries lack a fast one too.
 """
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+
+class DilatedConv2d(nn.Conv2d):
+    """A dilated 3x3 convolution that keeps the size of its input; only taps that can see the map are computed."""
+
+    def __init__(self, in_channels: int, out_channels: int, dilation: int) -> None:
+        super().__init__(in_channels, out_channels, 3, padding=dilation, dilation=dilation, bias=False)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Convolve (B, C, H, W)."""
+        sides = list(zip(input.shape[2:], self.dilation, strict=True))
+        rows, columns = (slice(None) if size > dilation else slice(1, 2) for size, dilation in sides)
+        padding = [dilation if size > dilation else 0 for size, dilation in sides]
+        dilations = [dilation if size > dilation else 1 for size, dilation in sides]
+        return F.conv2d(input, self.weight[:, :, rows, columns], padding=padding, dilation=dilations)
 
 
 class DilatedDepthwiseConv2d(nn.Conv2d):

@@ -1,4 +1,7 @@
-"""Outputs that grow with the classes: each step adds one 1x1 convolution, earlier ones keep their channels."""
+"""Outputs that grow with the classes: each step adds one 1x1 convolution, earlier ones keep their channels.
+
+All of them are computed as one convolution, so that a network of many steps costs no more than one of a single step.
+"""
 
 import math
 from collections.abc import Sequence
@@ -6,10 +9,11 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 
 class StepHeads(nn.ModuleList):
-    """One 1x1 convolution per step, their outputs concatenated in the order of the steps.
+    """One 1x1 convolution per step, their outputs side by side in the order of the steps.
 
     Args:
         in_channels: channels of the input.
@@ -63,4 +67,5 @@ class StepHeads(nn.ModuleList):
 
     def forward(self, features: Tensor) -> Tensor:
         """Return (B, sum of channel_counts, h, w) from (B, in_channels, h, w)."""
-        return torch.cat([head(features) for head in self], dim=1)
+        weight, bias = (torch.cat([head.get_parameter(name) for head in self]) for name in ("weight", "bias"))
+        return F.conv2d(features, weight, bias)
