@@ -29,6 +29,16 @@ def test_every_crop_is_a_part_of_the_whole(scale: int) -> None:
         np.testing.assert_allclose(view.crop(2, box), expected[2][box], atol=1e-5)
 
 
+@pytest.mark.parametrize("scale", [2, 3, 4, 5, 8, 16])
+def test_values_beyond_the_outermost_coarse_pixels_are_exactly_equal(scale: int) -> None:
+    """Of equal peaks the last one is the center; a rounding error among them would choose another one."""
+    fine = EnlargedMap(coarse_map(3, height=16, width=24), scale).full()
+    rim = (scale + 1) // 2
+    for side in (fine, fine.transpose(0, 2, 1)):
+        for strip in (side[:, :rim], side[:, -rim:]):
+            np.testing.assert_array_equal(strip, np.broadcast_to(strip[:, :1], strip.shape))
+
+
 @pytest.mark.parametrize("scale", [1, 2, 3, 4, 5, 8, 16])
 def test_classes_and_probabilities_are_those_of_the_whole(scale: int) -> None:
     logits = coarse_map(2)
