@@ -101,6 +101,27 @@ def test_half_precision_graphs_compute_in_half_or_say_that_the_cpu_cannot(
 
 
 @pytest.mark.parametrize(
+    ("precision", "capabilities", "expected"),
+    [
+        ("int8", ["FP32", "INT8"], True),
+        ("int8", ["FP32", "INT8", "BF16"], False),
+        ("float32", ["FP32", "INT8"], False),
+    ],
+)
+def test_padding_is_left_out_where_int8_kernels_multiply_it(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, precision: Precision, capabilities: list[str], expected: bool
+) -> None:
+    cut_up: list[int] = []
+    monkeypatch.setattr(openvino_backend, "_capabilities", lambda core: capabilities)
+    monkeypatch.setattr(openvino_backend, "leave_out_padding", lambda model: cut_up.append(model.inputs[0].shape[0]))
+    backend = openvino_backend.OpenVinoBackend(
+        request_for(folder / "network.onnx", color_manifest(), "host", precision)
+    )
+    backend.run(np.zeros((3, *SIZE, 3), np.uint8))
+    assert cut_up == ([1, 3] if expected else [])
+
+
+@pytest.mark.parametrize(
     ("tensor", "message"),
     [
         (TensorInfo(name="masks", dtype="uint8", shape=("batch",), meaning=""), "has no output 'masks'"),

@@ -28,6 +28,7 @@ from cl4wsis_serve.backends.base import (
     first_line,
     usable_cores,
 )
+from cl4wsis_serve.backends.openvino_padding import leave_out_padding
 
 logger = logging.getLogger(__name__)
 
@@ -63,6 +64,8 @@ class OpenVinoBackend:
         self._core = self._runtime.Core()
         self.arithmetic = _arithmetic(self._core, request)
         """Floating-point type in which layers compute that are not int8: ``f32``, ``f16`` or ``bf16``."""
+        self._multiplies_padding = request.variant.precision == "int8" and "BF16" not in _capabilities(self._core)
+        """int8 kernels are those of CPUs without AVX-512, with which OpenVINO always computes in bfloat16 too."""
         _refuse_memory_references(request.model)
         try:
             self._model = self._core.read_model(request.model)
@@ -109,6 +112,8 @@ class OpenVinoBackend:
         try:
             model = self._model.clone()
             model.reshape({INPUT_NAME: [batch, *self._request.manifest.input.size, 3]})
+            if self._multiplies_padding:
+                leave_out_padding(model)
             self._calls[batch] = self._core.compile_model(model, "CPU", settings).create_infer_request()
         except Exception as error:  # OpenVINO raises plain RuntimeErrors
             raise self._loading_error(error) from error
@@ -147,10 +152,15 @@ def _import_openvino() -> Any:
     return openvino
 
 
+def _capabilities(core: Any) -> list[str]:
+    """Name the types in which this CPU computes."""
+    return list(core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"))
+
+
 def _arithmetic(core: Any, request: BackendRequest) -> str:
     if request.variant.precision != "float16":
         return "f32"
-    capabilities = core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    capabilities = _capabilities(core)
     found = [hint for capability, hint in _HALF_TYPES.items() if capability in capabilities]
     if not found:
         logger.warning(
