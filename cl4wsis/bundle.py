@@ -246,6 +246,8 @@ class Bundle:
         for variant in self.manifest.variants:
             if (variant.precision, variant.post) == (precision, post):
                 return variant
+        if precision not in PRECISION_OPTIONS:
+            raise BundleError(f"precision {precision!r} is unknown; expected {', '.join(PRECISION_OPTIONS)}")
         held = ", ".join(f"{variant.precision} with post={variant.post}" for variant in self.manifest.variants)
         way_out = (
             "open the bundle folder it was taken from"
@@ -257,6 +259,16 @@ class Bundle:
     def path_of(self, variant: VariantInfo) -> Path:
         """Return the file of a graph."""
         return self.path if self.path.is_file() else self.path / variant.file
+
+    def link_in_the_way(self, variant: VariantInfo) -> str | None:
+        """Say why runtimes would not read the weights of a graph: they refuse those of another folder, links too."""
+        if variant.weights_file is None:
+            return None
+        graph = self.path_of(variant)
+        for path in (graph, graph.parent / variant.weights_file):
+            if path.resolve().parent != graph.parent.resolve():
+                return f"{path} is a link to another folder, where runtimes read no weights; copy the files (cp -rL)"
+        return None
 
 
 def open_bundle(path: str | Path) -> Bundle:
@@ -351,8 +363,7 @@ def write_bundle(destination: Path, manifest: Manifest, files: Mapping[str, byte
     Raises:
         BundleError: the destination exists and is no bundle, or cannot be written.
     """
-    if destination.exists() and not (destination / MANIFEST_FILE).is_file():
-        raise BundleError(f"{destination}: exists and is no bundle; move it away or choose another name with --out")
+    check_destination(destination)
     try:
         destination.parent.mkdir(parents=True, exist_ok=True)
         with _replaced_folder(destination) as folder:
@@ -365,6 +376,16 @@ def write_bundle(destination: Path, manifest: Manifest, files: Mapping[str, byte
     except OSError as error:
         raise BundleError(f"{destination}: cannot be written: {error.strerror or error}") from error
     return destination
+
+
+def check_destination(destination: Path) -> None:
+    """Check that a bundle may be written here: the place is free, or holds another bundle.
+
+    Raises:
+        BundleError: something else is there.
+    """
+    if destination.exists() and not (destination / MANIFEST_FILE).is_file():
+        raise BundleError(f"{destination}: exists and is no bundle; move it away or choose another name with --out")
 
 
 def update_manifest(bundle: Bundle, changes: Mapping[str, Any]) -> None:
@@ -460,7 +481,7 @@ def _read_manifest(folder: Path) -> Manifest:
         raise BundleError(f"{folder}: is no bundle ({MANIFEST_FILE} is missing)") from error
     except OSError as error:
         raise BundleError(f"{path}: cannot be read: {error.strerror}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise BundleError(f"{path}: is damaged ({error}); export the step again") from error
     return _build_manifest(content, str(path))
 
@@ -547,6 +568,16 @@ def _check_files(bundle: Bundle) -> None:
                 f"{path}: is not the file that was exported (its SHA-256 differs from the manifest); "
                 "copy the bundle again or export the step again"
             )
+    for variant in bundle.manifest.variants:
+        used_with: dict[str, str | None] = {MODEL_FILE: variant.source_sha256}
+        if variant.weights_file is not None:
+            used_with[variant.weights_file] = variant.weights_sha256
+        for name, needed in used_with.items():
+            if files[name] != needed:
+                raise BundleError(
+                    f"{bundle.path / variant.file}: belongs to another {name} than the one in this bundle; "
+                    "copy the bundle again or export the step again"
+                )
     graphs = {files[name] for name in (MODEL_FILE, *(variant.file for variant in bundle.manifest.variants))}
     for engine in bundle.manifest.engines:
         if engine.graph_sha256 not in graphs:

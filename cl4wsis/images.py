@@ -11,6 +11,7 @@ What comes out is always (H, W, 3) uint8 RGB:
 """
 
 import zlib
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +65,11 @@ def decode_image(content: bytes, name: str = "image") -> NDArray[np.uint8]:
     try:
         decoded = cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_COLOR | cv2.IMREAD_ANYDEPTH)
     except cv2.error as error:
+        if "CV_IO_MAX_IMAGE" in str(error):
+            raise DataError(
+                f"{name}: has more pixels than may be decoded; send a smaller image, or raise the limit "
+                "(cl4wsis serve --max-pixels; elsewhere the environment variable OPENCV_IO_MAX_IMAGE_PIXELS)"
+            ) from error
         raise DataError(f"{name}: cannot be decoded: {_first_line(error)}") from error
     if decoded is None:
         raise DataError(f"{name}: is not an image that can be read; expected JPEG, PNG, WebP, TIFF, BMP or PPM")
@@ -175,6 +181,8 @@ def write_bytes_atomically(path: Path, content: bytes) -> None:
         temporary.write_bytes(content)
         temporary.replace(path)
     except OSError as error:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
         raise DataError(f"{path}: cannot be written: {error.strerror or error}") from error
 
 

@@ -58,6 +58,8 @@ def benchmark(
     for path in out or ():
         if path.suffix not in _ENDINGS:
             raise typer.BadParameter(f"--out {path}: expected a name that ends in {' or '.join(_ENDINGS)}")
+        if not path.parent.is_dir():
+            raise typer.BadParameter(f"--out {path}: there is no folder {path.parent}")
     opened = open_bundle(bundle or newest_bundle(Path("runs")))
     choices, skipped = choose(opened, backend or (), parse_precisions(precision), parse_posts(post))
     files, description = _find_files(opened, images)
@@ -75,13 +77,13 @@ def benchmark(
             skipped,
             lambda done, total: bar.update(task, completed=done, total=total),
         )
-    for path in out or ():
-        _write(path, report)
-        note(f"written to {path}")
     if as_json:
         print_json(report.model_dump(mode="json"))
     else:
         _print(report)
+    for path in out or ():
+        _write(path, report)
+        note(f"written to {path}")
 
 
 def _parse_batches(text: str) -> list[int]:

@@ -103,7 +103,14 @@ def write_triton(bundle: Path, out: Path | None, precision: "Precision", engine:
 
     opened = open_bundle(bundle)
     found = None if engine is None else engine_at(opened, engine)
-    return [str(write_repository(opened, opened.variant(precision), out or bundle.parent / "triton", found))]
+    return [str(write_repository(opened, opened.variant(precision), out or _base(bundle).parent / "triton", found))]
+
+
+def _base(bundle: Path) -> Path:
+    """Return a bundle, or the one whose graph was named: what is made of it goes beside it, not into it."""
+    from cl4wsis.bundle import MANIFEST_FILE
+
+    return bundle.parent if bundle.is_file() and (bundle.parent / MANIFEST_FILE).is_file() else bundle
 
 
 def write_openvino(bundle: Path, out: Path | None, precision: "Precision") -> list[str]:
@@ -117,5 +124,6 @@ def write_openvino(bundle: Path, out: Path | None, precision: "Precision") -> li
 
     opened = open_bundle(bundle)
     suffix = "" if precision == "float32" else f"-{PRECISION_OPTIONS[precision]}"
-    destination = out or bundle.with_name(f"{bundle.stem}{suffix}-openvino")
+    base = _base(bundle)
+    destination = out or base.with_name(f"{base.stem.removesuffix(suffix)}{suffix}-openvino")
     return [str(write_openvino(opened, opened.variant(precision), destination))]

@@ -42,12 +42,13 @@ class HardwareOption(StrEnum):
     AMPERE_PLUS = "ampere-plus"
 
 
+_DEFAULT_PLAN = "shapes"
 _ENGINES = (ExportFormat.TENSORRT, ExportFormat.TENSORRT_RTX)
 _FOLDERS = (ExportFormat.TRITON, ExportFormat.OPENVINO)
 
 
 def export(
-    config: ConfigOption = "shapes",
+    config: ConfigOption = _DEFAULT_PLAN,
     step: Annotated[int | None, typer.Option(help="Step to export; the newest trained one when not given.")] = None,
     run: RunOption = None,
     preset: PresetOption = None,
@@ -136,7 +137,7 @@ def export(
     as_json: JsonOption = False,
 ) -> None:
     """Export a trained step with its post-processing as one ONNX graph, checked against the network it came from."""
-    from cl4wsis.bundle import open_bundle
+    from cl4wsis.bundle import check_destination, open_bundle
     from cl4wsis.cli.console import note, print_json
     from cl4wsis.cli.derive import EngineOptions
     from cl4wsis.errors import require
@@ -154,7 +155,15 @@ def export(
         refit_from,
         engine_cache,
     )
-    _check_options(format, options, source, step, settings)
+    of_training = {
+        "--config": config != _DEFAULT_PLAN,
+        "--step": step is not None,
+        "--run": run is not None,
+        "--preset": preset is not None,
+        "--method": method is not None,
+        "--set": bool(settings),
+    }
+    _check_options(format, options, source, out, [name for name, is_given in of_training.items() if is_given])
     if engine is not None and (format is not ExportFormat.TRITON or source is None):
         raise typer.BadParameter("--engine belongs to --format triton with --from")
     if source is not None:
@@ -168,14 +177,15 @@ def export(
     require("export")
     require("cpu")
     _check_target(format, options, info)
+    default = folder.parent / f"{info.plan.name}-step{info.step}.cl4wsis"
+    destination = default if out is None or format in _FOLDERS else out
+    check_destination(destination)
     from cl4wsis_export import export_step, spec_for_step
 
     overrides = list(settings or [])
     if precision:
         overrides.append(f"precisions={_precisions(precision)!r}")
     spec = spec_for_step(info, overrides)
-    default = folder.parent / f"{info.plan.name}-step{info.step}.cl4wsis"
-    destination = default if out is None or format in _FOLDERS else out
     note(f"exporting {folder} to {destination}")
     _show_progress()
     lower = set(spec.precisions) - {"float32"}
@@ -197,8 +207,8 @@ def _check_options(
     format: ExportFormat,
     options: "EngineOptions",
     source: Path | None,
-    step: int | None,
-    settings: list[str] | None,
+    out: Path | None,
+    of_training: Sequence[str],
 ) -> None:
     """Refuse options that would have no effect."""
     if options.compute_capability and format is not ExportFormat.TENSORRT_RTX:
@@ -211,8 +221,10 @@ def _check_options(
         raise typer.BadParameter(
             "--from needs --format trt, trt-rtx, triton or openvino: a bundle holds its ONNX graphs"
         )
-    if source is not None and (step is not None or settings):
-        raise typer.BadParameter("--step and --set belong to an export of a trained step, not to --from")
+    if source is not None and of_training:
+        raise typer.BadParameter(f"{', '.join(of_training)}: for the export of a trained step, not for --from")
+    if source is not None and out is not None and format in _ENGINES:
+        raise typer.BadParameter("--out: engines go into the bundle of --from, or with --engine-cache into the cache")
 
 
 def _check_target(format: ExportFormat, options: "EngineOptions", info: "StepInfo") -> None:

@@ -144,7 +144,7 @@ def _bundle_fields(manifest: "Manifest") -> list[tuple[str, object]]:
         ("input", f"{_size(manifest.input.size)} px, fitted and padded"),
         ("grouping", _flat(manifest.grouping.model_dump(mode="json"))),
         ("graph", f"opset {manifest.graph.opset}, {sum(manifest.graph.operators.values())} nodes"),
-        ("precision", manifest.graph.precision),
+        ("graphs", ", ".join(f"{v.file} ({v.precision}, post={v.post})" for v in manifest.variants)),
         ("verified", checked),
         ("engines", ", ".join(f"{engine.file} ({engine.runtime})" for engine in manifest.engines) or None),
         ("weights", manifest.weights_sha256[:12]),

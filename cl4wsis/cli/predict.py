@@ -53,7 +53,7 @@ def predict(
         float, typer.Option("--min-score", min=0.0, max=1.0, help="Leave out instances with a lower score.")
     ] = 0.0,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Skip images whose id maps in --out are complete and of this model.")
+        bool, typer.Option("--resume", help="Skip images that --out holds complete id maps of, by this model.")
     ] = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -98,7 +98,7 @@ def predict_sources(
     from cl4wsis.cli.console import note
     from cl4wsis_serve.files import find_images
 
-    images = find_images(sources, skip=out)
+    images = find_images(sources, skip=[out / "ids", out / "overlay"])
     note(f"images: {len(images)}")
     predictor = (runtime or Runtime()).open(bundle)
     ids, writers = _build_writers(predictor, out, formats, min_score)

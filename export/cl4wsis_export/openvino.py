@@ -58,11 +58,11 @@ def write_openvino(bundle: Bundle, variant: VariantInfo, destination: Path) -> P
         raise BackendError(f"{graph}: openvino {openvino.__version__} cannot convert it: {reason}") from error
     for key, text in read_onnx_metadata(graph).items():
         model.set_rt_info(text, [_RUNTIME_SECTION, key.removeprefix("cl4wsis.")])
-    destination.parent.mkdir(parents=True, exist_ok=True)
-    for leftover in destination.parent.glob(f".{destination.name}.*.tmp"):
-        shutil.rmtree(leftover, ignore_errors=True)
     temporary = destination.with_name(f".{destination.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
+        destination.parent.mkdir(parents=True, exist_ok=True)
+        for leftover in destination.parent.glob(f".{destination.name}.*.tmp"):
+            shutil.rmtree(leftover, ignore_errors=True)
         temporary.mkdir()
         openvino.save_model(model, str(temporary / MODEL_FILE), compress_to_fp16=False)
         names = "".join(f"{info.name}\n" for info in bundle.manifest.classes)

@@ -39,6 +39,8 @@ logger = logging.getLogger(__name__)
 
 _DATATYPES = {"uint8": "UINT8", "int32": "INT32", "float32": "FP32"}
 _JSON_LENGTH = "Inference-Header-Content-Length"
+_MAX_DIGITS = 12
+"""Of a number of bytes; Python refuses to read numbers of thousands of digits."""
 _EXTENSIONS = ("binary_tensor_data",)
 _SHUTDOWN_SECONDS = 30
 _CONNECTIONS = 64
@@ -264,14 +266,19 @@ def _instance_rows(instances: Instances, names: Sequence[str]) -> list[dict[str,
 
 async def _read_body(request: "Request", max_bytes: int) -> bytes:
     """Read a body that may lie about its length, and stop as soon as it is too long."""
+    from starlette.requests import ClientDisconnect
+
     body = bytearray()
-    async for chunk in request.stream():
-        body += chunk
-        if len(body) > max_bytes:
-            raise RequestError(
-                HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
-                f"the request's body is larger than {max_bytes} bytes; send a smaller image or fewer of them",
-            )
+    try:
+        async for chunk in request.stream():
+            body += chunk
+            if len(body) > max_bytes:
+                raise RequestError(
+                    HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
+                    f"the request's body is larger than {max_bytes} bytes; send a smaller image or fewer of them",
+                )
+    except ClientDisconnect as error:  # nobody is there to read the answer, and the log need not tell either
+        raise RequestError(HTTPStatus.BAD_REQUEST, "the client went away before its request was complete") from error
     return bytes(body)
 
 
@@ -347,8 +354,8 @@ def build_infer_response(
 def _split_body(body: bytes, json_length: str | None) -> tuple[dict[str, Any], bytes]:
     length = len(body)
     if json_length is not None:
-        if not json_length.isdecimal() or int(json_length) > length:
-            raise _bad(f"header {_JSON_LENGTH} is {json_length!r}, but the body has {length} bytes")
+        if not json_length.isdecimal() or len(json_length) > _MAX_DIGITS or int(json_length) > length:
+            raise _bad(f"header {_JSON_LENGTH} is {json_length[: _MAX_DIGITS + 1]!r}, but the body has {length} bytes")
         length = int(json_length)
     try:
         header = json.loads(body[:length])

@@ -22,12 +22,12 @@ class Outcome:
     result: Instances | Cl4wsisError
 
 
-def find_images(sources: Sequence[str], skip: Path | None = None) -> list[ImageFile]:
+def find_images(sources: Sequence[str], skip: Sequence[Path] = ()) -> list[ImageFile]:
     """Resolve files, folders (searched recursively) and glob patterns.
 
     Args:
         sources: paths and patterns, in any mixture.
-        skip: a folder whose contents are left out: that of the results, when it lies within a source.
+        skip: folders whose contents are left out, those of the results, where they lie within a source.
 
     Returns:
         The images, each once, in the order of the sources and by name within a folder.
@@ -35,14 +35,15 @@ def find_images(sources: Sequence[str], skip: Path | None = None) -> list[ImageF
     Raises:
         DataError: a source does not exist, or holds no image.
     """
-    found: dict[Path, None] = {}
+    found: dict[str, Path] = {}
     roots: list[Path] = []
     for source in sources:
         root, paths = _resolve(source, skip)
         roots.append(root)
-        found.update(dict.fromkeys(paths))
+        for path in paths:
+            found.setdefault(os.path.abspath(path), path)  # noqa: PTH100 (keeps links as they are)
     common = Path(os.path.commonpath([os.path.abspath(root) for root in roots]))  # noqa: PTH100 (keeps links as they are)
-    return _with_names(list(found), common)
+    return _with_names(list(found.values()), common)
 
 
 def predict_files(
@@ -89,7 +90,7 @@ def _write(image: ImageFile, instances: Instances, writers: Sequence[Writer]) ->
     return Outcome(image, instances)
 
 
-def _resolve(source: str, skip: Path | None) -> tuple[Path, list[Path]]:
+def _resolve(source: str, skip: Sequence[Path]) -> tuple[Path, list[Path]]:
     """Return the folder to which names of a source relate, and its image files."""
     path = Path(source)
     if path.is_file():
@@ -105,15 +106,16 @@ def _resolve(source: str, skip: Path | None) -> tuple[Path, list[Path]]:
     raise DataError(f"{source}: there is no such file or folder")
 
 
-def _search_folder(folder: Path, skip: Path | None) -> list[Path]:
-    skipped = skip.resolve() if skip and skip.exists() and skip.resolve() != folder.resolve() else None
+def _search_folder(folder: Path, skip: Sequence[Path]) -> list[Path]:
+    within = folder.resolve()
+    skipped = [path.resolve() for path in skip if path.exists() and not within.is_relative_to(path.resolve())]
     files = sorted(
         path
         for path in folder.rglob("*")
         if path.suffix.lower() in IMAGE_SUFFIXES
         and path.is_file()
         and not path.name.startswith(".")
-        and not (skipped and path.resolve().is_relative_to(skipped))
+        and not any(path.resolve().is_relative_to(results) for results in skipped)
     )
     if not files:
         raise DataError(f"{folder}: holds no image ({', '.join(sorted(IMAGE_SUFFIXES))})")
@@ -131,9 +133,9 @@ def _fixed_part(pattern: Path) -> Path:
 
 
 def _with_names(paths: Sequence[Path], root: Path) -> list[ImageFile]:
-    """Name images by their path below the root; where two differ only in their ending, both keep it."""
+    """Name images by their path below the root; where that would be a name of another image, it keeps its ending."""
     relative = [Path(os.path.abspath(path)).relative_to(root) for path in paths]  # noqa: PTH100
-    counts = Counter(path.with_suffix("") for path in relative)
+    counts = Counter(path.with_suffix("") for path in relative) + Counter(relative)
     return [
         ImageFile(path, full.as_posix(), (short if counts[short] == 1 else full).as_posix())
         for path, full, short in ((p, r, r.with_suffix("")) for p, r in zip(paths, relative, strict=True))

@@ -80,14 +80,15 @@ def _variant(
     bundle: Bundle, precision: Precision, post: Post | Literal["auto"], device: Device
 ) -> tuple[dict[str, str], VariantInfo]:
     """Resolve ``auto`` for the place of the grouping, with the reason where the faster place is not to be had."""
-    if post != "auto":
-        return {}, bundle.variant(precision, post)
-    best, other = _POSTS[device]
-    held = {variant.post for variant in bundle.manifest.variants if variant.precision == precision}
-    if best in held or other not in held:
+    best, other = _POSTS[device] if post == "auto" else (post, post)
+    held = {variant.post: variant for variant in bundle.manifest.variants if variant.precision == precision}
+    reason = bundle.link_in_the_way(held[best]) if best in held else None
+    if other == best and reason is not None:
+        raise BackendError(f"{reason}, or choose --post graph")
+    if other == best or other not in held or (best in held and reason is None):
         return {}, bundle.variant(precision, best)
-    reason = f"{bundle.path} holds no {precision} graph with post={best}"
-    return {f"post={best}": reason}, bundle.variant(precision, other)
+    reason = reason or f"{bundle.path} holds no {precision} graph with post={best}"
+    return {f"post={best}": reason}, held[other]
 
 
 def _check_fallback(asked: str, failed: str, error: BackendError) -> None:

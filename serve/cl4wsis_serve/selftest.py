@@ -3,6 +3,8 @@
 It tells whether driver, runtime and graph work together on this machine, before the first answer is relied on.
 """
 
+import zipfile
+import zlib
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -71,14 +73,14 @@ def golden_cases(bundle: Bundle) -> Iterator[tuple[NDArray[np.uint8], Instances]
     for case in bundle.manifest.golden:
         frame = read_image(bundle.path / case.image)
         try:
-            with np.load(bundle.path / case.outputs, allow_pickle=False) as arrays:
+            with (bundle.path / case.outputs).open("rb") as file, np.load(file, allow_pickle=False) as arrays:
                 slots = Instances(
                     instance_ids=arrays["instance_ids"].astype(np.int32),
                     labels=arrays["labels"].astype(np.int32),
                     scores=arrays["scores"].astype(np.float32),
                     boxes=arrays["boxes"].astype(np.float32),
                 )
-        except (OSError, KeyError, ValueError) as error:
+        except (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile, zlib.error) as error:
             raise BundleError(
                 f"{bundle.path / case.outputs}: is no golden output ({error}); export the step again"
             ) from error

@@ -120,6 +120,7 @@ def golden_images(bundle: Bundle) -> ImageSet:
 def folder_images(description: str, paths: Sequence[Path], limit: int | None = None) -> ImageSet:
     """Take image files, at most ``limit`` of them, spread over the list."""
     chosen = [paths[position] for position in _spread(len(paths), limit)]
+    description = f"{description} ({len(chosen)} of {len(paths)} images)"
     return ImageSet(description, len(chosen), lambda index: read_image(chosen[index]))
 
 

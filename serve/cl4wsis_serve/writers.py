@@ -5,7 +5,8 @@ of single images, but no half COCO file.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -17,7 +18,7 @@ from numpy.typing import NDArray
 from cl4wsis.errors import DataError
 from cl4wsis.images import encode_jpeg, encode_png, read_image, write_bytes_atomically
 from cl4wsis.instances import Instances
-from cl4wsis.steps import ClassInfo
+from cl4wsis.steps import ClassInfo, file_sha256
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,8 @@ class _FolderWriter:
 class IdsWriter(_FolderWriter):
     """Write ``<name>.png``, the id map, and ``<name>.json``, its rows. The sidecar comes last: where it is, both are.
 
-    The map is 8-bit where ids allow it, else 16-bit; 0 is none and ``i`` is the row whose ``id`` is ``i``.
+    The map is 8-bit where ids allow it, else 16-bit; 0 is none and ``i`` is the row whose ``id`` is ``i``. The sidecar
+    holds the hash of the image file, so that an answer is never taken for that of another image of the same name.
 
     Args:
         folder: where the files go.
@@ -111,10 +113,10 @@ class IdsWriter(_FolderWriter):
         write_bytes_atomically(self._path(image, ".json"), _json_bytes(self._describe(image, instances)))
 
     def read(self, image: ImageFile) -> Instances | None:
-        """Return an answer that an earlier run left here, or nothing if it is missing, damaged or of another model."""
+        """Return an answer that an earlier run left here, if it is complete, of this image and of this model."""
         try:
             sidecar = json.loads(self._path(image, ".json").read_bytes())
-            if sidecar["model"] != self._model:
+            if sidecar["model"] != self._model or sidecar["image_sha256"] != file_sha256(image.path):
                 return None
             ids = _read_ids(self._path(image, ".png"))
             rows = sidecar["instances"]
@@ -137,6 +139,7 @@ class IdsWriter(_FolderWriter):
         ]
         return {
             "image": image.file_name,
+            "image_sha256": _hash_if_there(image.path),
             "height": height,
             "width": width,
             "box_format": "xyxy",
@@ -188,8 +191,9 @@ class CocoWriter:
 
     def __enter__(self) -> Self:
         self._temporary = _prepare(self.path).with_name(f".{self.path.name}.tmp")
-        self._file = self._temporary.open("w", encoding="utf-8")
-        self._file.write('{"annotations": [')
+        with self._explained():
+            self._file = self._temporary.open("w", encoding="utf-8")
+            self._file.write('{"annotations": [')
         return self
 
     def write(self, image: ImageFile, instances: Instances) -> None:
@@ -199,10 +203,11 @@ class CocoWriter:
         height, width = instances.instance_ids.shape
         image_id = len(self._images) + 1
         self._images.append({"id": image_id, "file_name": image.file_name, "height": height, "width": width})
-        for annotation, area in zip(instances.to_coco(image_id), instances.areas.tolist(), strict=True):
-            self._num_annotations += 1
-            self._file.write(",\n" if self._num_annotations > 1 else "\n")
-            json.dump({"id": self._num_annotations, **annotation, "area": area, "iscrowd": 0}, self._file)
+        with self._explained():
+            for annotation, area in zip(instances.to_coco(image_id), instances.areas.tolist(), strict=True):
+                self._num_annotations += 1
+                self._file.write(",\n" if self._num_annotations > 1 else "\n")
+                json.dump({"id": self._num_annotations, **annotation, "area": area, "iscrowd": 0}, self._file)
 
     def has(self, image: ImageFile) -> bool:
         """Return False: the file is made anew in every run."""
@@ -211,16 +216,35 @@ class CocoWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._file is None:
+        file, self._file = self._file, None
+        if file is None:
             return
-        with self._file as file:
-            self._file = None
-            categories = [{"id": label + 1, "name": info.name} for label, info in enumerate(self._classes)]
+        if kind is not None:
+            self._drop(file)
+            return
+        categories = [{"id": label + 1, "name": info.name} for label, info in enumerate(self._classes)]
+        with self._explained(file), file:
             file.write(f'\n],\n"images": {json.dumps(self._images)},\n"categories": {json.dumps(categories)}}}\n')
-        if kind is None:
+        with self._explained(file):
             self._temporary.replace(self.path)
-        else:
-            self._temporary.unlink()
+
+    @contextmanager
+    def _explained(self, file: IO[str] | None = None) -> Iterator[None]:
+        """Turn errors of the file system into a sentence, and leave nothing behind."""
+        try:
+            yield
+        except OSError as error:
+            self._drop(file or self._file)
+            self._file = None
+            raise DataError(f"{self.path}: cannot be written: {error.strerror or error}") from error
+
+    def _drop(self, file: IO[str] | None) -> None:
+        """Close and remove the temporary file, even on a disk that has no room for what is still to be written."""
+        with suppress(OSError):
+            if file is not None:
+                file.close()
+        with suppress(OSError):
+            self._temporary.unlink(missing_ok=True)
 
 
 def _prepare(path: Path) -> Path:
@@ -233,7 +257,15 @@ def _prepare(path: Path) -> Path:
 
 
 def _json_bytes(content: Any) -> bytes:
-    return (json.dumps(content, ensure_ascii=False, indent=1) + "\n").encode()
+    """Return JSON in UTF-8; bytes of a file name that are none, which Python holds as surrogates, become escapes."""
+    return (json.dumps(content, ensure_ascii=False, indent=1) + "\n").encode("utf-8", "backslashreplace")
+
+
+def _hash_if_there(path: Path) -> str | None:
+    try:
+        return file_sha256(path)
+    except OSError:  # it was removed after it had been read
+        return None
 
 
 def _read_ids(path: Path) -> NDArray[np.int32]:

@@ -17,7 +17,7 @@ from typer.testing import CliRunner, Result
 
 from cl4wsis.bundle import open_bundle
 from cl4wsis.cli.export import export
-from cl4wsis.errors import BackendError, ConfigError, RunError
+from cl4wsis.errors import BackendError, BundleError, ConfigError, RunError
 from cl4wsis.steps import WEIGHTS_FILE, ClassInfo, InputRule, StepInfo, file_sha256, step_folder, write_step_info
 from cl4wsis.tasks import class_color
 from cl4wsis_train.models.network import InstanceSegmenter
@@ -83,6 +83,14 @@ def test_mistakes_are_explained(run: Path, arguments: list[str], error: type[Exc
     assert isinstance(answer.exception, error)
     with pytest.raises(error, match=message):
         raise answer.exception
+
+
+def test_a_place_that_is_taken_is_found_out_before_the_work(run: Path, tmp_path: Path) -> None:
+    (tmp_path / "photo.jpg").touch()
+    answer = call("--run", run, "--out", tmp_path)
+    assert isinstance(answer.exception, BundleError)
+    assert "exists and is no bundle" in str(answer.exception)
+    assert "exporting" not in answer.stderr
 
 
 def test_tensorrt_names_what_is_missing(run: Path) -> None:

@@ -47,6 +47,11 @@ def run(tmp_path: Path) -> Path:
     return tmp_path / "shapes"
 
 
+def test_a_bundle_names_its_graphs(run: Path) -> None:
+    text = " ".join(inspect(str(run / "colors.cl4wsis")).split())
+    assert "model.onnx (float32, post=graph), network.onnx (float32, post=host)" in text
+
+
 def test_plan_by_name_and_by_file(tmp_path: Path) -> None:
     assert "image tags" in inspect("shapes")
     plan = tmp_path / "mine.toml"

@@ -89,6 +89,7 @@ def test_a_lone_graph_is_verified_with_images_but_stores_nothing(bundle: Path, t
         (["verify", "--precision", "int8"], 1, "export the step again with --precision int8"),
         (["benchmark", "--batch", "1,zero"], 2, "expected positive numbers"),
         (["benchmark", "--out", "a.txt"], 2, "ends in .md or .json"),
+        (["benchmark", "--out", "gone/a.md"], 2, "there is no folder gone"),
         (["benchmark", "--images", "gone"], 1, "there is no such file or folder"),
     ],
 )

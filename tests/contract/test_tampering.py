@@ -54,7 +54,21 @@ def edit(change: Callable[[dict[str, Any]], object]) -> Damage:
 
 
 def reseal(bundle: Path) -> None:
-    """Write the hashes of the files as they are now into the manifest."""
+    """Write the hashes of the files as they are now into the manifest, wherever it holds them."""
+
+    def agree(manifest: dict[str, Any]) -> None:
+        reseal_files(bundle)
+        for variant in manifest["variants"]:
+            variant["source_sha256"] = file_sha256(bundle / MODEL_FILE)
+            if variant["weights_file"] is not None:
+                variant["weights_sha256"] = file_sha256(bundle / variant["weights_file"])
+        manifest["files"] = json.loads((bundle / MANIFEST_FILE).read_text())["files"]
+
+    edit(agree)(bundle)
+
+
+def reseal_files(bundle: Path) -> None:
+    """Write the hashes of the files into their list alone."""
     edit(lambda m: m["files"].update({name: file_sha256(bundle / name) for name in m["files"]}))(bundle)
 
 
@@ -351,6 +365,55 @@ def test_a_damaged_lone_graph_is_refused(graph: Path, name: str) -> None:
     damage(graph)
     with pytest.raises(Cl4wsisError, match=message):
         open_and_predict(graph)
+
+
+def test_graphs_of_different_bundles_are_not_put_together(bundle: Path, tmp_path: Path) -> None:
+    """The list of files was corrected, but each graph names the graph it was made from."""
+    other = write_color_bundle(tmp_path / "other.cl4wsis", name="other")
+    (bundle / MODEL_FILE).write_bytes((other / MODEL_FILE).read_bytes())
+    reseal_files(bundle)
+    with pytest.raises(BundleError, match=r"model\.onnx: belongs to another model\.onnx than the one in this bundle"):
+        open_bundle(bundle)
+
+
+def test_weights_of_another_bundle_are_refused(bundle: Path) -> None:
+    def name_weights(manifest: dict[str, Any]) -> None:
+        manifest["variants"][1] |= {"weights_file": MODEL_FILE, "weights_sha256": "0" * 64}
+
+    edit(name_weights)(bundle)
+    with pytest.raises(BundleError, match=r"network\.onnx: belongs to another model\.onnx"):
+        open_bundle(bundle)
+
+
+@pytest.mark.parametrize("kept", [0.5, 0.98])
+def test_a_damaged_golden_output_is_named(bundle: Path, kept: float) -> None:
+    path = bundle / "golden/0.npz"
+    content = path.read_bytes()
+    path.write_bytes(content[: int(len(content) * kept)])
+    reseal(bundle)
+    with pytest.raises(BundleError, match="is no golden output"):
+        open_and_predict(bundle, self_test=True)
+
+
+def test_flipped_bytes_within_a_golden_output_are_named(bundle: Path) -> None:
+    path = bundle / "golden/0.npz"
+    content = bytearray(path.read_bytes())
+    content[60:80] = bytes(20)
+    path.write_bytes(content)
+    reseal(bundle)
+    with pytest.raises(BundleError, match="is no golden output"):
+        open_and_predict(bundle, self_test=True)
+
+
+def test_a_manifest_without_end_is_damaged(bundle: Path) -> None:
+    (bundle / MANIFEST_FILE).write_text("[" * 100_000)
+    with pytest.raises(BundleError, match="is damaged"):
+        open_bundle(bundle)
+
+
+def test_an_unknown_precision_is_named(bundle: Path) -> None:
+    with pytest.raises(BundleError, match="precision 'fp16' is unknown; expected float32, float16, int8"):
+        Predictor.open(bundle, precision="fp16")  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("place", ["../secret", "/etc/passwd", "..\\secret"])

@@ -1,6 +1,8 @@
 """Reading and writing image files: every format ends as upright (H, W, 3) uint8 RGB, or as an error with a reason."""
 
 import io
+import struct
+import zlib
 from pathlib import Path
 
 import cv2
@@ -170,3 +172,13 @@ def test_writing_leaves_no_temporary_file(tmp_path: Path) -> None:
 def test_unwritable_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"a\.png: cannot be written"):
         write_png(tmp_path / "no such folder" / "a.png", two_halves())
+
+
+def test_more_pixels_than_may_be_decoded_are_named() -> None:
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    header = struct.pack(">IIBBBBB", 60_000, 60_000, 8, 2, 0, 0, 0)
+    picture = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
+    with pytest.raises(DataError, match=r"has more pixels than may be decoded.*--max-pixels"):
+        decode_image(picture)

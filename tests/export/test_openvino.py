@@ -41,6 +41,13 @@ def test_what_the_model_is_travels_with_it(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.glob(".*")] == []
 
 
+def test_a_place_that_cannot_be_is_named(tmp_path: Path) -> None:
+    bundle = open_bundle(write_color_bundle(tmp_path / "x.cl4wsis"))
+    (tmp_path / "file").touch()
+    with pytest.raises(BundleError, match="ir: cannot be written"):
+        write_openvino(bundle, bundle.variant(), tmp_path / "file" / "ir")
+
+
 def test_a_model_that_answers_otherwise_is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The conversion is handed another graph: one in which red and blue have changed places."""
     bundle = open_bundle(write_color_bundle(tmp_path / "x.cl4wsis", num_golden=1))

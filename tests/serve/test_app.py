@@ -18,8 +18,9 @@ from cl4wsis_serve import Predictor
 pytest.importorskip("fastapi", reason="needs the extra 'serve'")
 pytest.importorskip("httpx2", reason="needs what starlette's test client is made of")
 from fastapi.testclient import TestClient
+from starlette.requests import Request
 
-from cl4wsis_serve.app import RequestError, ServerLimits, _Queue, build_app
+from cl4wsis_serve.app import RequestError, ServerLimits, _Queue, _read_body, build_app
 
 MODEL = "/v2/models/colors-step1"
 JSON_LENGTH = "Inference-Header-Content-Length"
@@ -234,3 +235,18 @@ def test_a_place_is_given_back_after_an_error() -> None:
     with queue.place(), pytest.raises(RequestError, match="try again"), queue.place():
         pass
     queue.close()
+
+
+def test_a_length_of_thousands_of_digits_is_a_bad_request(client: TestClient) -> None:
+    answer = client.post(f"{MODEL}/infer", content=b"{}", headers={JSON_LENGTH: "9" * 5000})
+    assert answer.status_code == 400
+    assert len(answer.text) < 300
+
+
+def test_a_client_that_goes_away_is_no_error_of_the_server() -> None:
+    async def receive() -> dict[str, str]:
+        return {"type": "http.disconnect"}
+
+    request = Request({"type": "http", "headers": []}, receive)
+    with pytest.raises(RequestError, match="went away"):
+        asyncio.run(_read_body(request, 10))

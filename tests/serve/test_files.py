@@ -27,7 +27,7 @@ def photos(tmp_path: Path) -> Path:
     return folder
 
 
-def names(sources: list[str], skip: Path | None = None) -> list[str]:
+def names(sources: list[str], *skip: Path) -> list[str]:
     return [image.name for image in find_images(sources, skip)]
 
 
@@ -57,8 +57,29 @@ def test_files_patterns_and_folders(
 def test_results_within_the_source_are_left_out(photos: Path) -> None:
     write_png(photos / "masks-b.png", color_image())
     (photos / "masks" / "ids").mkdir(parents=True)
+    write_png(photos / "masks" / "kept.png", color_image())
     write_png(photos / "masks" / "ids" / "b.png", color_image())
-    assert names([str(photos)], skip=photos / "masks") == ["a.PNG", "a.png", "b", "masks-b", "sub/c"]
+    assert names([str(photos)], photos / "masks") == ["a.PNG", "a.png", "b", "masks-b", "sub/c"]
+    assert names([str(photos / "masks")], photos / "masks" / "ids", photos / "other") == ["kept"]
+    assert names([str(photos / "masks" / "ids")], photos / "masks" / "ids") == ["b"]
+
+
+def test_no_two_images_get_the_same_name(tmp_path: Path) -> None:
+    for name in ("a.png", "a.bmp", "a.png.bmp", "b.png", "b.png.jpg"):
+        (tmp_path / name).touch()
+    found = {image.path.name: image.name for image in find_images([str(tmp_path)])}
+    assert found == {
+        "a.png": "a.png",
+        "a.bmp": "a.bmp",
+        "a.png.bmp": "a.png.bmp",
+        "b.png": "b",
+        "b.png.jpg": "b.png.jpg",
+    }
+
+
+def test_an_image_given_twice_is_taken_once(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(photos)
+    assert names(["b.png", str(photos / "b.png"), "sub/../b.png"]) == ["b"]
 
 
 def missing(photos: Path) -> str:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from bundles import SIZE, color_image, write_color_bundle
 
-from cl4wsis.bundle import MANIFEST_FILE
+from cl4wsis.bundle import MANIFEST_FILE, open_bundle, update_manifest
 from cl4wsis.errors import BackendError, BundleError
 from cl4wsis.steps import file_sha256
 from cl4wsis_serve import BACKENDS, Predictor, backend_status
@@ -168,3 +168,20 @@ def test_self_test_runs_before_the_first_answer(bundle: Path, post: str) -> None
 
 def test_at_least_one_core_is_usable() -> None:
     assert usable_cores() >= 1
+
+
+def test_a_graph_whose_weights_are_links_is_passed_over_with_the_way_out(bundle: Path, tmp_path: Path) -> None:
+    opened = open_bundle(bundle)
+    truth, host = opened.manifest.variants
+    host = host.model_copy(update={"weights_file": truth.file, "weights_sha256": truth.source_sha256})
+    update_manifest(opened, {"variants": (truth, host)})
+    assert Predictor.open(bundle, "onnxruntime").post == "host"
+    store = tmp_path / "store"
+    store.mkdir()
+    (bundle / truth.file).rename(store / "blob")
+    (bundle / truth.file).symlink_to(store / "blob")
+    predictor = Predictor.open(bundle, "onnxruntime")
+    assert predictor.post == "graph"
+    assert "is a link to another folder" in predictor.skipped["post=host"]
+    with pytest.raises(BackendError, match=r"cp -rL\), or choose --post graph"):
+        Predictor.open(bundle, "onnxruntime", post="host")

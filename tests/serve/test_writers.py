@@ -1,6 +1,7 @@
 """Results on disk: what is written can be read back, and nothing is left half-written."""
 
 import json
+import os
 from pathlib import Path
 
 import cv2
@@ -18,8 +19,9 @@ from cl4wsis_serve.writers import CocoWriter, IdsWriter, ImageFile, OverlayWrite
 CLASSES = color_manifest().classes
 
 
-def image(name: str) -> ImageFile:
-    return ImageFile(Path(f"{name}.png"), f"{name}.png", name)
+def image(name: str, path: Path = Path(__file__)) -> ImageFile:
+    """Name an image; its file only has to be there."""
+    return ImageFile(path, f"{name}.png", name)
 
 
 def two_squares() -> Instances:
@@ -57,14 +59,58 @@ def test_answers_are_read_back_whole(tmp_path: Path, count: int) -> None:
     np.testing.assert_allclose(read.scores, instances.scores, atol=1e-6)
 
 
-@pytest.mark.parametrize("damage", ["no sidecar", "no map", "broken sidecar", "broken map", "other model"])
+@pytest.mark.parametrize("damage", ["no sidecar", "no map", "broken sidecar", "broken map", "other model", "none"])
 def test_incomplete_answers_are_not_taken_over(tmp_path: Path, damage: str) -> None:
     IdsWriter(tmp_path, CLASSES, {"name": "other" if damage == "other model" else "m"}).write(image("x"), two_squares())
     if damage.startswith("no "):
         (tmp_path / ("x.json" if "sidecar" in damage else "x.png")).unlink()
     elif damage.startswith("broken "):
         (tmp_path / ("x.json" if "sidecar" in damage else "x.png")).write_bytes(b"{")
-    assert IdsWriter(tmp_path, CLASSES, {"name": "m"}).read(image("x")) is None
+    assert (IdsWriter(tmp_path, CLASSES, {"name": "m"}).read(image("x")) is None) == (damage != "none")
+
+
+def test_answers_for_another_image_of_the_same_name_are_not_taken_over(tmp_path: Path) -> None:
+    writer = IdsWriter(tmp_path / "out", CLASSES, {})
+    photo = tmp_path / "x.png"
+    write_png(photo, color_image())
+    writer.write(image("x", photo), two_squares())
+    assert writer.read(image("x", photo)) is not None
+    write_png(photo, color_image(30, 40))
+    assert writer.read(image("x", photo)) is None
+
+
+def test_names_that_are_not_utf_8_are_kept(tmp_path: Path) -> None:
+    name = os.fsdecode(b"b\xff")
+    IdsWriter(tmp_path, CLASSES, {}).write(image(name), two_squares())
+    assert json.loads((tmp_path / f"{name}.json").read_text())["image"] == f"{name}.png"
+
+
+def test_a_coco_file_that_cannot_be_written_is_named_and_leaves_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "coco.json"
+    path.mkdir()
+    with pytest.raises(DataError, match=r"coco\.json: cannot be written"), CocoWriter(path, CLASSES) as writer:
+        writer.write(image("first"), two_squares())
+    assert [entry.name for entry in tmp_path.iterdir()] == ["coco.json"]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is full")
+@pytest.mark.parametrize("count", [1, 300])
+def test_a_full_disk_is_named_and_leaves_nothing(tmp_path: Path, count: int) -> None:
+    writer = CocoWriter(tmp_path / "coco.json", CLASSES)
+
+    def write() -> None:
+        with writer:
+            (tmp_path / ".coco.json.tmp").unlink()
+            (tmp_path / ".coco.json.tmp").symlink_to("/dev/full")
+            assert writer._file is not None
+            writer._file.close()
+            writer._file = (tmp_path / ".coco.json.tmp").open("w", encoding="utf-8")
+            for _ in range(count):
+                writer.write(image("x"), two_squares())
+
+    with pytest.raises(DataError, match=r"coco\.json: cannot be written: No space left"):
+        write()
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_coco_file_is_read_by_pycocotools(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
