@@ -13,7 +13,8 @@ from tiny import TINY, tiny_plan
 from cl4wsis.errors import RunError
 from cl4wsis.steps import read_step, step_folder, trained_steps
 from cl4wsis_train import trainer
-from cl4wsis_train.checkpoint import load_step, load_tensors
+from cl4wsis_train.checkpoint import load_step, load_tensors, locked_folder
+from cl4wsis_train.log import TrainingLog
 from cl4wsis_train.trainer import build_fabric, missing_steps, train_step
 
 
@@ -93,6 +94,18 @@ def test_interrupted_step_ends_as_if_it_had_not_been(
 ) -> None:
     (tmp_path / "step-0").symlink_to(step_folder(run, 0))
     monkeypatch.setattr(trainer, "_SECONDS_BETWEEN_SAVES", 0.0)
+    interrupted_step(tmp_path, monkeypatch, phase, epoch)
+    with (tmp_path / "step-1.partial" / "metrics.jsonl").open("a") as file:  # written after the last save
+        file.write(json.dumps({"phase": "instance", "iteration": 4, "lr": 0.0}) + '\n{"phase": "in')
+    train_step(tiny_plan(), 1, tmp_path, fabric=build_fabric(tiny_plan(), "cpu"), evaluate=False)
+    found, expected = (read_step(step_folder(folder, 1)).weights_sha256 for folder in (tmp_path, run))
+    assert found == expected
+    assert iterations(tmp_path) == iterations(run)
+
+
+def interrupted_step(run: Path, monkeypatch: pytest.MonkeyPatch, phase: str, epoch: int) -> None:
+    """Start step 1 and interrupt it in its second iteration of an epoch; every epoch is saved."""
+    monkeypatch.setattr(trainer, "_SECONDS_BETWEEN_SAVES", 0.0)
     original = trainer.set_learning_rate
 
     def interrupt(optimizer, settings, iteration, per_epoch, epochs):  # type: ignore[no-untyped-def]
@@ -104,11 +117,70 @@ def test_interrupted_step_ends_as_if_it_had_not_been(
     with monkeypatch.context() as patch:
         patch.setattr(trainer, "set_learning_rate", interrupt)
         with pytest.raises(KeyboardInterrupt):
-            train_step(tiny_plan(), 1, tmp_path, fabric=build_fabric(tiny_plan(), "cpu"), evaluate=False)
-    assert not step_folder(tmp_path, 1).exists()
-    train_step(tiny_plan(), 1, tmp_path, fabric=build_fabric(tiny_plan(), "cpu"), evaluate=False)
-    found, expected = (read_step(step_folder(folder, 1)).weights_sha256 for folder in (tmp_path, run))
-    assert found == expected
+            train_step(tiny_plan(), 1, run, fabric=build_fabric(tiny_plan(), "cpu"), evaluate=False)
+    assert not step_folder(run, 1).exists()
+
+
+def iterations(run: Path) -> list[tuple[str, int]]:
+    lines = (step_folder(run, 1) / "metrics.jsonl").read_text().splitlines()
+    return [(entry["phase"], entry["iteration"]) for entry in map(json.loads, lines)]
+
+
+def test_an_interrupted_step_goes_on_under_the_same_settings_alone(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "step-0").symlink_to(step_folder(run, 0))
+    interrupted_step(tmp_path, monkeypatch, "instance", 1)
+    other = tiny_plan("recipe.instance.epochs=3")
+    with pytest.raises(RunError, match=r"other settings \(.*epochs.*go on with those, or delete"):
+        train_step(other, 1, tmp_path, fabric=build_fabric(other, "cpu"), evaluate=False)
+    lines: list[str] = []
+    same = tiny_plan("recipe.num_workers=0", "recipe.log_every=2")
+    train_step(same, 1, tmp_path, fabric=build_fabric(same, "cpu"), evaluate=False, report=lines.append)
+    assert any(line.startswith("going on with phase instance") for line in lines)
+
+
+def test_an_interrupted_step_does_not_go_on_from_other_weights(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "step-0").symlink_to(step_folder(run, 0))
+    interrupted_step(tmp_path, monkeypatch, "instance", 1)
+    (tmp_path / "step-0").unlink()
+    plan = tiny_plan("recipe.seed=1")
+    train_step(plan, 0, tmp_path, fabric=build_fabric(plan, "cpu"), evaluate=False)
+    with pytest.raises(RunError, match=r"was started from weights .* the previous step holds"):
+        train_step(tiny_plan(), 1, tmp_path, fabric=build_fabric(tiny_plan(), "cpu"), evaluate=False)
+
+
+def test_one_process_at_a_time_trains_a_step(run: Path, tmp_path: Path) -> None:
+    (tmp_path / "step-0").symlink_to(step_folder(run, 0))
+    with locked_folder(tmp_path / "step-1.partial"), pytest.raises(RunError, match="another process trains this step"):
+        train_step(tiny_plan(), 1, tmp_path, fabric=build_fabric(tiny_plan(), "cpu"), evaluate=False)
+
+
+def test_training_that_diverges_is_an_error(tmp_path: Path) -> None:
+    plan = tiny_plan("recipe.base.optimizer.encoder_lr=1e30", "recipe.base.optimizer.head_lr=1e30")
+    with pytest.raises(RunError, match=r"is not finite after .* lower learning rates"):
+        train_step(plan, 0, tmp_path, fabric=build_fabric(plan, "cpu"), evaluate=False)
+    assert not step_folder(tmp_path, 0).exists()
+
+
+def test_weights_that_are_not_finite_are_no_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last update may be the one that breaks them, and no loss sees it any more."""
+    monkeypatch.setattr(TrainingLog, "flush", lambda log: None)
+    plan = tiny_plan("recipe.base.optimizer.encoder_lr=1e30", "recipe.base.optimizer.head_lr=1e30")
+    with pytest.raises(RunError, match="tensors of the network are not finite"):
+        train_step(plan, 0, tmp_path, fabric=build_fabric(plan, "cpu"), evaluate=False)
+    assert not step_folder(tmp_path, 0).exists()
+
+
+@pytest.mark.parametrize("step", [0, 1])
+def test_mixed_precision_trains_every_phase(run: Path, tmp_path: Path, step: int) -> None:
+    if step:
+        (tmp_path / "step-0").symlink_to(step_folder(run, 0))
+    plan = tiny_plan("recipe.precision=bf16-mixed")
+    folder = train_step(plan, step, tmp_path, fabric=build_fabric(plan, "cpu"), evaluate=False)
+    assert read_step(folder).weights_sha256 != read_step(step_folder(run, step)).weights_sha256
 
 
 def test_missing_previous_step_is_named(tmp_path: Path) -> None:

@@ -1,12 +1,15 @@
 """Weights and training state on disk: safetensors for tensors, JSON for the rest, and nothing else.
 
 A step folder is assembled under the name ``step-<t>.partial`` and renamed once it is complete. While it is partial it
-also holds the state from which an interrupted training goes on: ``last.safetensors`` and ``last.json`` (written after
-an epoch), and the result of every phase that has ended.
+also holds the state from which an interrupted training goes on: ``last.safetensors`` (written after an epoch, with what
+is no tensor in its metadata, so that the two can never be of different epochs), and the result of every phase that has
+ended.
 """
 
 import json
-from collections.abc import Mapping
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,20 +19,24 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from cl4wsis.comparison import difference
 from cl4wsis.config import Settings
 from cl4wsis.errors import RunError
-from cl4wsis.steps import WEIGHTS_FILE, StepInfo, file_sha256, read_step, write_text_atomically
+from cl4wsis.steps import WEIGHTS_FILE, StepInfo, file_sha256, read_step
+from cl4wsis.tasks import Plan
 from cl4wsis_train.models.network import InstanceSegmenter
 
-_STATE_TENSORS = "last.safetensors"
-_STATE_FILE = "last.json"
+_STATE_FILE = "last.safetensors"
+_STATE_KEY = "state"
 
 
 class Progress(Settings):
     """How far an interrupted step has come."""
 
-    plan_sha256: str
-    """Hash of the plan it was started with; another plan starts anew."""
+    plan: Plan
+    """The plan it was started with."""
+    parent_sha256: str | None
+    """Hash of the weights it started from."""
     phase: str
     """Phase to continue with."""
     epochs_done: int
@@ -40,11 +47,45 @@ class Progress(Settings):
     """Training time so far, by phase."""
 
 
-def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write tensors so that a reader sees the old or the new file, never half of one."""
+def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    """Write tensors so that a reader sees the old or the new file, never half of one.
+
+    Raises:
+        RunError: the file cannot be written.
+    """
     temporary = path.with_name(f".{path.name}.tmp")
-    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, temporary)
-    temporary.replace(path)
+    try:
+        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, temporary, metadata)
+        temporary.replace(path)
+    except (SafetensorError, OSError) as error:
+        raise RunError(f"{path}: cannot be written: {error}") from error
+
+
+@contextmanager
+def locked_folder(folder: Path) -> Iterator[None]:
+    """Make a folder and keep other processes from training in it at the same time.
+
+    Raises:
+        RunError: another process does, or the folder cannot be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RunError(f"{folder}: cannot be made: {error.strerror or error}") from error
+    try:
+        import fcntl
+    except ImportError:  # Windows has no such locks
+        yield
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise RunError(f"{folder}: another process trains this step; wait for it, or stop it first") from error
+        yield
+    finally:
+        os.close(handle)
 
 
 def load_tensors(path: Path) -> dict[str, Tensor]:
@@ -62,6 +103,24 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
         raise RunError(f"{path}: is damaged ({error}); train this step again") from error
 
 
+def check_finite(tensors: Mapping[str, Tensor], folder: Path) -> None:
+    """Refuse the weights of a training that diverged.
+
+    Args:
+        tensors: by name.
+        folder: of the step, for the message.
+
+    Raises:
+        RunError: a tensor holds infinity or what is no number.
+    """
+    broken = [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
+    if broken:
+        raise RunError(
+            f"{folder}: {len(broken)} tensors of the network are not finite, among them {broken[0]}; delete the folder "
+            "and train this step again with lower learning rates"
+        )
+
+
 def load_step(folder: Path) -> tuple[InstanceSegmenter, StepInfo]:
     """Rebuild the Segmenter of a trained step.
 
@@ -72,13 +131,14 @@ def load_step(folder: Path) -> tuple[InstanceSegmenter, StepInfo]:
         The network in evaluation mode on the CPU, and what ``step.json`` says.
 
     Raises:
-        RunError: the folder is no step, or its weights are not those that ``step.json`` names.
+        RunError: the folder is no step, or its weights are not finite, or not those that ``step.json`` names.
     """
     info = read_step(folder)
     weights = folder / WEIGHTS_FILE
     tensors = load_tensors(weights)
     if file_sha256(weights) != info.weights_sha256:
         raise RunError(f"{weights}: is not the file that step.json describes (SHA-256 differs); train this step again")
+    check_finite(tensors, folder)
     network = InstanceSegmenter(info.network.model_copy(update={"weights": "none"}), info.class_counts)
     try:
         network.load_state_dict(tensors)
@@ -88,7 +148,7 @@ def load_step(folder: Path) -> tuple[InstanceSegmenter, StepInfo]:
 
 
 def save_progress(folder: Path, progress: Progress, module: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Write the state of an unfinished phase; the JSON is written last and names a tensor file that is complete."""
+    """Write the state of an unfinished phase."""
     tensors = {f"module.{name}": tensor for name, tensor in module.state_dict().items()}
     state = optimizer.state_dict()
     scalars: dict[str, dict[str, Any]] = {}
@@ -98,28 +158,58 @@ def save_progress(folder: Path, progress: Progress, module: nn.Module, optimizer
                 tensors[f"optimizer.{index}.{key}"] = value
             else:
                 scalars.setdefault(str(index), {})[key] = value
-    save_tensors(folder / _STATE_TENSORS, tensors)
-    text = json.dumps({"progress": progress.model_dump(), "scalars": scalars}, indent=1)
-    write_text_atomically(folder / _STATE_FILE, text)
+    text = json.dumps({"progress": progress.model_dump(mode="json"), "scalars": scalars})
+    save_tensors(folder / _STATE_FILE, tensors, {_STATE_KEY: text})
 
 
-def read_progress(folder: Path, plan_sha256: str) -> Progress | None:
-    """Return how far a partial step has come, or None when there is nothing that fits the plan."""
-    path = folder / _STATE_FILE
-    if not path.is_file():
+def read_progress(folder: Path, plan: Plan, step: int, parent_sha256: str | None) -> Progress | None:
+    """Return how far a partial step has come, or None when nothing was saved yet.
+
+    Args:
+        folder: of the partial step.
+        plan: to go on with.
+        step: of the plan.
+        parent_sha256: of the weights that the step starts from now.
+
+    Raises:
+        RunError: it is damaged, or was started with other settings that matter or from other weights.
+    """
+    if not (folder / _STATE_FILE).is_file():
         return None
     try:
-        progress = Progress.model_validate(json.loads(path.read_bytes())["progress"])
-    except (ValueError, KeyError, ValidationError) as error:
-        raise RunError(f"{path}: is damaged; delete {folder} to start this step again") from error
-    return progress if progress.plan_sha256 == plan_sha256 else None
+        progress = Progress.model_validate(_read_state(folder)["progress"])
+    except (KeyError, ValidationError) as error:
+        raise RunError(
+            f"{folder / _STATE_FILE}: is damaged or of another version; delete {folder} to start this step again"
+        ) from error
+    way_out = f"delete {folder} to start this step anew"
+    changed = difference(progress.plan, plan, step)
+    if changed is not None:
+        raise RunError(f"{folder}: was started with other settings ({changed}); go on with those, or {way_out}")
+    if progress.parent_sha256 != parent_sha256:
+        raise RunError(
+            f"{folder}: was started from weights {str(progress.parent_sha256)[:12]}, but the previous step holds "
+            f"{str(parent_sha256)[:12]} now; put those back, or {way_out}"
+        )
+    return progress
+
+
+def _read_state(folder: Path) -> dict[str, Any]:
+    """Read what is no tensor; nothing where the file holds nothing of the kind."""
+    path = folder / _STATE_FILE
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            state: dict[str, Any] = json.loads((file.metadata() or {}).get(_STATE_KEY, "{}"))
+            return state
+    except (SafetensorError, OSError, ValueError) as error:
+        raise RunError(f"{path}: is damaged ({error}); delete {folder} to start this step again") from error
 
 
 def restore_progress(folder: Path, module: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """Load module and optimiser from the state that :func:`save_progress` wrote."""
-    tensors = load_tensors(folder / _STATE_TENSORS)
+    tensors = load_tensors(folder / _STATE_FILE)
     module.load_state_dict({k.removeprefix("module."): v for k, v in tensors.items() if k.startswith("module.")})
-    scalars = json.loads((folder / _STATE_FILE).read_bytes())["scalars"]
+    scalars = _read_state(folder)["scalars"]
     entries: dict[int, dict[str, Any]] = {int(index): dict(values) for index, values in scalars.items()}
     for name, tensor in tensors.items():
         if name.startswith("optimizer."):
@@ -131,5 +221,4 @@ def restore_progress(folder: Path, module: nn.Module, optimizer: torch.optim.Opt
 
 def drop_progress(folder: Path) -> None:
     """Delete the state of an unfinished phase."""
-    for name in (_STATE_FILE, _STATE_TENSORS):
-        (folder / name).unlink(missing_ok=True)
+    (folder / _STATE_FILE).unlink(missing_ok=True)

@@ -1,6 +1,7 @@
 """What training tells while it runs: ``metrics.jsonl``, TensorBoard, and one line of progress with the time left."""
 
 import json
+import math
 import time
 from pathlib import Path
 from types import TracebackType
@@ -12,6 +13,8 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
+from cl4wsis.errors import RunError
+from cl4wsis.steps import write_text_atomically
 from cl4wsis_train.processes import mean_over_processes
 
 METRICS_FILE = "metrics.jsonl"
@@ -27,13 +30,14 @@ class TrainingLog:
         folder: step folder that receives ``metrics.jsonl`` and the TensorBoard events.
         log_every: iterations between two lines.
         enabled: whether this process writes.
-        resume: go on with the existing file instead of starting anew.
+        done: phase and iteration after which an interrupted training goes on; lines after it are dropped, all of them
+            when not given.
     """
 
-    def __init__(self, folder: Path, log_every: int, enabled: bool, resume: bool) -> None:
+    def __init__(self, folder: Path, log_every: int, enabled: bool, done: tuple[str, int] | None) -> None:
         self.folder, self.log_every, self.enabled = folder, log_every, enabled
-        if enabled and not resume:
-            (folder / METRICS_FILE).unlink(missing_ok=True)
+        if enabled:
+            _cut_back(folder / METRICS_FILE, done)
 
     def __enter__(self) -> Self:
         if self.enabled:
@@ -84,11 +88,26 @@ class TrainingLog:
             for name, value in values.items():
                 sums[name] = sums.get(name, 0) + value.detach()
         self._count += 1
+        self._last = iteration, epoch, lr
         if self._count == self.log_every:
-            self._write(iteration, epoch, lr)
+            self.flush()
 
-    def _write(self, iteration: int, epoch: int, lr: float) -> None:
+    def flush(self) -> None:
+        """Write the means of the iterations since the last line.
+
+        Raises:
+            RunError: a loss is not finite, so that going on would teach nothing.
+        """
+        if not self._count:
+            return
+        iteration, epoch, lr = self._last
         means = {kind: self._means(sums) for kind, sums in self._sums.items()}
+        broken = [name for name, value in means["losses"].items() if not math.isfinite(value)]
+        if broken:
+            raise RunError(
+                f"phase {self._phase}: loss '{broken[0]}' is not finite after {iteration} iterations; delete "
+                f"{self.folder} and start again with lower learning rates (recipe.{self._phase}.optimizer)"
+            )
         now = time.monotonic()
         if self.enabled:
             self._write_line(iteration, epoch, lr, means, now)
@@ -117,3 +136,22 @@ class TrainingLog:
             return {}
         values = mean_over_processes(torch.stack(list(sums.values())).float() / self._count).tolist()
         return dict(zip(sums, values, strict=True))
+
+
+def _cut_back(path: Path, done: tuple[str, int] | None) -> None:
+    """Keep the lines up to the iteration after which training goes on; later ones are about to be written again."""
+    if done is None or not path.exists():
+        path.unlink(missing_ok=True)
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+        try:
+            entry = json.loads(line)
+        except ValueError:  # the process ended in the middle of a line
+            break
+        if entry["phase"] == done[0] and entry["iteration"] > done[1]:
+            break
+        kept.append(line)
+        if (entry["phase"], entry["iteration"]) == done:
+            break
+    write_text_atomically(path, "".join(kept))

@@ -8,7 +8,7 @@ import hashlib
 import logging
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,7 +20,7 @@ from torch import nn
 
 import cl4wsis
 from cl4wsis.datasets import check_sources
-from cl4wsis.errors import RunError
+from cl4wsis.errors import ConfigError, RunError
 from cl4wsis.recipe import LEARNING_FIELDS, NetworkSettings, OptimizerSettings, Recipe
 from cl4wsis.steps import (
     WEIGHTS_FILE,
@@ -35,9 +35,11 @@ from cl4wsis.steps import (
 from cl4wsis.tasks import Plan, class_color
 from cl4wsis_train.checkpoint import (
     Progress,
+    check_finite,
     drop_progress,
     load_step,
     load_tensors,
+    locked_folder,
     read_progress,
     restore_progress,
     save_progress,
@@ -72,7 +74,8 @@ def train_step(
 ) -> Path:
     """Train one step of a plan and leave its folder behind.
 
-    An interrupted step goes on after its last saved epoch, with the same result as without the interruption.
+    An interrupted step goes on after its last saved epoch, with the same result as without the interruption. One
+    process at a time may train a step.
 
     Args:
         plan: resolved plan; ``plan.recipe.method`` selects the method or a supervised baseline.
@@ -86,12 +89,13 @@ def train_step(
         The complete step folder.
 
     Raises:
-        RunError: the step exists already, the previous one is missing, or belongs to another lineage.
+        RunError: the step exists already, the previous one is missing, or belongs to another lineage; another process
+            trains this step; it was interrupted under other settings; the loss is no longer finite.
         DataError: the data is broken; found before training starts.
-        ValueError: step 0 of a plan with a preset.
+        ConfigError: step 0 of a plan with a preset.
     """
     if step == 0 and plan.recipe.preset:
-        raise ValueError(f"step 0 is the plan's own, whatever the preset; found preset '{plan.recipe.preset}'")
+        raise ConfigError(f"step 0 is the plan's own, whatever the preset; found preset '{plan.recipe.preset}'")
     folder = step_folder(run, step, plan.recipe.variant)
     if folder.exists():
         raise RunError(f"{folder}: step {step} is trained already; delete the folder to train it again")
@@ -185,26 +189,23 @@ class _StepTraining:
         self.partial = folder.with_name(folder.name + ".partial")
         self.seconds: dict[str, float] = {}
         self.old_network: InstanceSegmenter | None = None
-        self.plan_sha256 = hashlib.sha256(plan.model_dump_json().encode()).hexdigest()
+        self.parent_sha256 = read_step(previous).weights_sha256 if previous else None
 
     def run(self, evaluate: bool) -> Path:
         """Train all phases, evaluate, and give the folder its final name."""
-        if self.fabric.is_global_zero:
-            self.partial.mkdir(parents=True, exist_ok=True)
-        self.fabric.barrier()
-        progress = read_progress(self.partial, self.plan_sha256)
-        if progress is not None:
-            self.seconds = dict(progress.seconds)
-            self.report(f"going on with phase {progress.phase} after {progress.epochs_done} epochs")
         writes = self.fabric.is_global_zero
-        with (
-            _flushed_denormals(),
-            TrainingLog(self.partial, self.recipe.log_every, writes, progress is not None) as log,
-        ):
-            network = self._run_phases(progress, log)
-        if self.fabric.is_global_zero:
-            self._finish(network, evaluate)
-        self.fabric.barrier()
+        with locked_folder(self.partial) if writes else nullcontext():
+            self.fabric.barrier()
+            progress = read_progress(self.partial, self.plan, self.step, self.parent_sha256)
+            if progress is not None:
+                self.seconds = dict(progress.seconds)
+                self.report(f"going on with phase {progress.phase} after {progress.epochs_done} epochs")
+            done = (progress.phase, progress.iteration) if progress else None
+            with _flushed_denormals(), TrainingLog(self.partial, self.recipe.log_every, writes, done) as log:
+                network = self._run_phases(progress, log)
+            if writes:
+                self._finish(network, evaluate)
+            self.fabric.barrier()
         return self.folder
 
     def _run_phases(self, progress: Progress | None, log: TrainingLog) -> InstanceSegmenter:
@@ -325,6 +326,7 @@ class _StepTraining:
             self.seconds[name] = seconds_before + time.monotonic() - start
             if time.monotonic() - last_save > _SECONDS_BETWEEN_SAVES or epoch + 1 == epochs:
                 last_save = time.monotonic()
+                log.flush()
                 self._save_progress(name, epoch + 1, iteration, phase, optimizer)
 
     def _seed(self, phase: str, epoch: int) -> int:
@@ -347,7 +349,8 @@ class _StepTraining:
     ) -> None:
         if self.fabric.is_global_zero:
             progress = Progress(
-                plan_sha256=self.plan_sha256,
+                plan=self.plan,
+                parent_sha256=self.parent_sha256,
                 phase=name,
                 epochs_done=epochs_done,
                 iteration=iteration,
@@ -364,6 +367,7 @@ class _StepTraining:
     def _finish(self, network: InstanceSegmenter, evaluate: bool) -> None:
         """Write weights and ``step.json``, and rename the folder."""
         network.eval()
+        check_finite(network.state_dict(), self.partial)
         weights = self.partial / WEIGHTS_FILE
         save_tensors(weights, network.state_dict())
         metrics: dict[str, Any] = {}
@@ -382,7 +386,7 @@ class _StepTraining:
             network=network.settings,
             input=InputRule(size=self.recipe.input_size, mean=mean, std=std),
             weights_sha256=file_sha256(weights),
-            parent_sha256=read_step(self.previous).weights_sha256 if self.previous else None,
+            parent_sha256=self.parent_sha256,
             seconds={name: round(value, 1) for name, value in self.seconds.items()},
             metrics=metrics,
             versions={"cl4wsis": cl4wsis.__version__, "torch": torch.__version__, "timm": timm.__version__},

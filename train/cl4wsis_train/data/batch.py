@@ -37,7 +37,7 @@ class Sample:
     proposals: Tensor | None = None
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)  # not frozen: Fabric's mixed precision replaces the fields of its own copy
 class Batch:
     """A training batch.
 
