@@ -73,7 +73,7 @@ def _read_toml(path: Path, readers: tuple[Path, ...]) -> dict[str, Any]:
         chain = " -> ".join(p.name for p in (*readers, resolved))
         raise ConfigError(f"{path}: 'extends' runs in a circle: {chain}")
     try:
-        tables = tomllib.loads(path.read_text(encoding="utf-8"))
+        tables = tomllib.loads(path.read_text(encoding="utf-8-sig"))  # a byte order mark may come first
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
@@ -87,6 +87,12 @@ def _read_toml(path: Path, readers: tuple[Path, ...]) -> dict[str, Any]:
         raise ConfigError(f"{path}: 'extends' must be the name of one file, found {parent!r}")
     shipped = config_folder() / f"{parent}.toml"
     file = shipped if not parent.endswith(".toml") and shipped.is_file() else path.parent / parent
+    if not file.is_file():
+        known = sorted(str(p.relative_to(config_folder()).with_suffix("")) for p in config_folder().rglob("*.toml"))
+        near = difflib.get_close_matches(parent.lower().removesuffix(".toml"), known, n=1, cutoff=0.5)
+        all_known = f"give a file relative to this one, or one that comes with cl4wsis ({', '.join(known)})"
+        hint = f"did you mean '{near[0]}', which comes with cl4wsis?" if near else all_known
+        raise ConfigError(f"{path}: extends '{parent}', but there is no file {file}; {hint}")
     return merge(_read_toml(file, (*readers, resolved)), tables)
 
 

@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 from pycocotools import mask as coco_mask
 
 _FARTHEST_POINT = 10  # image sizes; a polygon that reaches farther is a mistake
+_SHORTEST_POLYGON = 6  # numbers, those of a triangle; what has fewer covers nothing
 _LONGEST_NUMBER = 7  # characters of a number in compressed RLE; 35 bits
 
 
@@ -46,7 +47,7 @@ def mask_from_segmentation(segmentation: Any, height: int, width: int) -> NDArra
         (height, width) bool.
 
     Raises:
-        ValueError: the segmentation is empty, of an unknown form, or of another size.
+        ValueError: the segmentation is empty, of an unknown form, damaged, or of another size.
     """
     decoded: NDArray[np.bool_] = coco_mask.decode(_rle_from_segmentation(segmentation, height, width)).astype(bool)
     return decoded
@@ -62,12 +63,25 @@ def _rle_from_segmentation(segmentation: Any, height: int, width: int) -> Any:
         if runs.dtype.kind not in "iu" or (runs < 0).any() or runs.sum() != height * width:
             raise ValueError(f"run lengths do not add up to the {height * width} pixels of the image; RLE is damaged")
         return coco_mask.frPyObjects(segmentation, height, width) if isinstance(counts, list) else segmentation
-    polygons = [p for p in segmentation if len(p) >= 6] if isinstance(segmentation, list) else []
+    limit = _FARTHEST_POINT * max(height, width)  # drawing takes memory for every pixel of the outline
+    polygons = []
+    for polygon in segmentation if isinstance(segmentation, list) else []:
+        values = np.asarray(polygon)
+        if values.ndim != 1 or values.dtype.kind not in "iuf":
+            raise ValueError(
+                f"segmentation holds {str(polygon)[:60]} where a polygon is expected; write lists of numbers, "
+                "[[x, y, x, y, ...], ...]"
+            )
+        if len(values) % 2:
+            raise ValueError(f"polygon has {len(values)} numbers; give every point both x and y")
+        if not np.isfinite(values).all():
+            raise ValueError("polygon has a point that is not finite; give every point as numbers of pixels")
+        if ((values < -limit) | (values > limit)).any():
+            raise ValueError(f"polygon has a point more than {limit} px away from an image of {width}x{height} px")
+        if len(values) >= _SHORTEST_POLYGON:
+            polygons.append(polygon)
     if not polygons:
         raise ValueError("segmentation is neither RLE nor a polygon of three points or more")
-    limit = _FARTHEST_POINT * max(height, width)  # drawing takes memory for every pixel of the outline
-    if not all(-limit <= value <= limit for polygon in polygons for value in polygon):
-        raise ValueError(f"polygon has a point more than {limit} px away from an image of {width}x{height} px")
     return coco_mask.merge(coco_mask.frPyObjects(polygons, height, width))
 
 

@@ -77,7 +77,12 @@ def _check_content(content: Mapping[str, Any], reset: Any, path: Path) -> None:
     if not isinstance(reset, list) or not all(isinstance(field, str) for field in reset):
         raise ConfigError(f"{path}: 'reset' must be a list of fields of the recipe, found {reset!r}")
     recipe = content.get("recipe", {})
-    fixed = [f"network.{field}" for field in recipe.get("network", {}) if field in _fields_of_step_0()]
+    if not isinstance(recipe, Mapping):
+        raise ConfigError(f"{path}: 'recipe' must be a table with fields of the recipe, found {recipe!r}")
+    network = recipe.get("network", {})
+    if not isinstance(network, Mapping):
+        raise ConfigError(f"{path}: 'recipe.network' must be a table with fields of the network, found {network!r}")
+    fixed = [f"network.{field}" for field in network if field in _fields_of_step_0()]
     fixed += [field for field in ("seed", "preset") if field in recipe]
     if fixed:
         raise ConfigError(

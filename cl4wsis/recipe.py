@@ -5,9 +5,10 @@ windows, smallest areas) are stated for a crop of ``reference_size`` pixels and 
 ``grouping`` are pixels of the network input as they stand, because they belong to the exported graph.
 """
 
+import re
 from typing import Literal, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, PositiveInt, field_validator, model_validator
 
 from cl4wsis.config import Settings
 from cl4wsis.grouping import GroupingSpec
@@ -36,11 +37,11 @@ class NetworkSettings(Settings):
     """Stride of the last encoder features."""
     semantic_channels: int = Field(256, gt=0)
     """Channels of the semantic pyramid."""
-    semantic_dilations: tuple[int, int, int] = (6, 12, 18)
+    semantic_dilations: tuple[PositiveInt, PositiveInt, PositiveInt] = (6, 12, 18)
     """Dilations of the semantic pyramid at stride 16; doubled when ``output_stride`` is 8, but the last to 32 only."""
     instance_channels: int = Field(256, gt=0)
     """Channels of the instance pyramid."""
-    instance_dilations: tuple[int, int, int] = (3, 6, 9)
+    instance_dilations: tuple[PositiveInt, PositiveInt, PositiveInt] = (3, 6, 9)
     """Dilations of the instance pyramid."""
     decoder_channels: int = Field(128, gt=0)
     """Channels of the top-down stages of a decoder."""
@@ -277,6 +278,21 @@ class Recipe(Settings):
     grouping: GroupingSpec = GroupingSpec()
     """Post-processing in evaluation and export, lengths in pixels of the network input."""
     evaluation: EvaluationSettings = EvaluationSettings()
+
+    @field_validator("preset")
+    @classmethod
+    def _check_preset(cls, value: str) -> str:
+        # Case does not count: some file systems do not tell it apart.
+        if re.fullmatch(r"cl4wsis|plan|compare|step-\d+", value, re.IGNORECASE):
+            raise ValueError(f"'{value}' already means something else in a run's folder; rename the preset's file")
+        return value
+
+    @field_validator("crop_area")
+    @classmethod
+    def _check_crop_area(cls, value: tuple[float, float]) -> tuple[float, float]:
+        if not 0 < value[0] <= value[1]:
+            raise ValueError(f"must be two positive shares, the smaller one first, got {list(value)}")
+        return value
 
     @model_validator(mode="after")
     def _check_sizes(self) -> Self:

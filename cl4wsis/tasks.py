@@ -209,7 +209,7 @@ class Plan(Settings):
     """How the network is built and trained."""
 
     @model_validator(mode="after")
-    def _check_classes(self) -> Self:
+    def _check_steps(self) -> Self:
         names = [name for step in self.steps for name in step]
         repeated = sorted({name for name in names if names.count(name) > 1})
         if repeated:
@@ -217,6 +217,13 @@ class Plan(Settings):
         empty = [str(step) for step, added in enumerate(self.steps) if not added]
         if empty:
             raise ValueError(f"every step must add a class; empty: step {', '.join(empty)}")
+        # Otherwise the step that was meant would learn from data.train, and nobody would be told.
+        unknown = sorted(set(self.data.steps) - set(range(self.num_steps))) if isinstance(self.data, FileData) else []
+        if unknown:
+            raise ValueError(
+                f"data.steps.{unknown[0]} is for a step that the plan lacks, which has steps 0 to {self.num_steps - 1};"
+                " correct the number, or add the step's classes to 'steps'"
+            )
         return self
 
     @property

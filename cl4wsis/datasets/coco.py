@@ -3,6 +3,7 @@
 Annotations are in pixels of the image as it is shown: upright, EXIF orientation applied.
 """
 
+import codecs
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -179,7 +180,7 @@ def list_instances(
     problems += [
         *describe_repeated("category id", (category.id for category in coco.categories)),
         *describe_repeated("image id", (image.id for image in coco.images)),
-        *describe_repeated("file name", (image.file_name for image in coco.images)),
+        *describe_repeated("file name", (str(PurePosixPath(image.file_name)) for image in coco.images)),
     ]
     for index, annotation in enumerate(coco.annotations):
         if annotation.image_id not in annotations:
@@ -203,7 +204,7 @@ def _category_names(
 
 def _parse_coco(path: Path) -> _CocoFile:
     try:
-        return _CocoFile.model_validate_json(read_bytes(path))
+        return _CocoFile.model_validate_json(read_bytes(path).removeprefix(codecs.BOM_UTF8))
     except ValidationError as error:
         located = [(".".join(str(part) for part in item["loc"]), item["msg"]) for item in error.errors()]
         raise ProblemsError([": ".join(filter(None, (str(path), *found))) for found in located]) from error

@@ -16,6 +16,7 @@ from cl4wsis.datasets.pictures import VOID_ID, Listing, MaskFinding, PictureT, T
 from cl4wsis.datasets.problems import problems_of
 from cl4wsis.datasets.tags import read_tag_rows
 from cl4wsis.errors import DataError
+from cl4wsis.images import IMAGE_SUFFIXES
 
 VOC_CLASSES = (
     *("aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow"),
@@ -113,17 +114,23 @@ def _has_valid_box(mask: NDArray[np.bool_]) -> bool:
 
 
 def read_name_list(path: Path) -> list[str]:
-    """Read a list of images: one per line, of which the first word counts, without folder and ending.
+    """Read a list of images: one per line, of which the first word counts, without folder and image ending.
 
     Raises:
         DataError: the list is missing, empty or names an image twice.
     """
-    words = [line.split()[0] for line in read_bytes(path).decode("utf-8", "replace").splitlines() if line.strip()]
-    names = [Path(word).stem for word in words]
+    words = [line.split()[0] for line in read_bytes(path).decode("utf-8-sig", "replace").splitlines() if line.strip()]
+    names = [_bare_name(word) for word in words]
     repeated = describe_repeated("image", names)
     if repeated or not names:
         raise DataError(f"{path}: {repeated[0] if repeated else 'names no image'}")
     return names
+
+
+def _bare_name(file: str) -> str:
+    """Return a name without folder and image ending; ``img.v2`` has none, and stays as it is."""
+    path = Path(file)
+    return path.stem if path.suffix.lower() in IMAGE_SUFFIXES else path.name
 
 
 def list_all(
@@ -154,12 +161,12 @@ def list_all(
 def list_from_tags(
     tags: Path, file: Path, names: Sequence[str], path_of: Callable[[str], Path], rename: Mapping[str, str]
 ) -> Listing[TaggedImage]:
-    """Give the images of a list the classes a tags file names, by file name without folder and ending.
+    """Give the images of a list the classes a tags file names, by file name without folder and image ending.
 
     Raises:
         DataError: the tags cannot be read.
     """
-    rows = {Path(name).stem: found for name, found in read_tag_rows(tags)}
+    rows = {_bare_name(name): found for name, found in read_tag_rows(tags)}
     known = sorted({tag for found in rows.values() for tag in found})
 
     def read(name: str) -> TaggedImage:

@@ -3,7 +3,7 @@
 import csv
 import json
 from collections.abc import Mapping
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from cl4wsis.datasets.coco import describe_repeated, image_path, read_bytes
 from cl4wsis.datasets.pictures import TaggedImage
@@ -48,8 +48,9 @@ def read_tag_rows(path: Path) -> list[tuple[str, list[str]]]:
         text = read_bytes(path).decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: is not UTF-8 text") from error
-    rows = _parse_csv_tags(text) if path.suffix.lower() == ".csv" else _parse_json_tags(text, path)
-    raise_problems([f"{path}: {problem}" for problem in describe_repeated("file name", (name for name, _ in rows))])
+    rows = _parse_csv_tags(text, path) if path.suffix.lower() == ".csv" else _parse_json_tags(text, path)
+    names = (str(PurePosixPath(name)) for name, _ in rows)  # ./a.jpg is a.jpg
+    raise_problems([f"{path}: {problem}" for problem in describe_repeated("file name", names)])
     return rows
 
 
@@ -71,9 +72,16 @@ def _parse_json_tags(text: str, path: Path) -> list[tuple[str, list[str]]]:
     return rows
 
 
-def _parse_csv_tags(text: str) -> list[tuple[str, list[str]]]:
+def _parse_csv_tags(text: str, path: Path) -> list[tuple[str, list[str]]]:
     lines = [[cell.strip() for cell in line] for line in csv.reader(text.splitlines())]
     lines = [line for line in lines if line and line[0]]
+    # Spreadsheet programs write such files in many countries; each line would be one long file name without a tag.
+    uncommaed = [line[0] for line in lines if len(line) == 1 and (";" in line[0] or "\t" in line[0])]
+    if uncommaed:
+        raise DataError(
+            f"{path}: line {uncommaed[0][:60]!r} has no comma; commas are expected between a file and its class names: "
+            "save the table with commas instead of semicolons or tabs"
+        )
     if lines and lines[0][0].lower() in _CSV_HEADERS:
         lines = lines[1:]
     return [(line[0], [tag.strip() for cell in line[1:] for tag in cell.split(";") if tag.strip()]) for line in lines]

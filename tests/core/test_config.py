@@ -61,16 +61,34 @@ def test_extends_is_relative_to_the_file_that_says_it(tmp_path: Path) -> None:
             {"a": 'extends = "b.toml"', "b": 'extends = "c.toml"', "c": 'extends = "a.toml"'},
             r"'extends' runs in a circle: a\.toml -> b\.toml -> c\.toml -> a\.toml",
         ),
-        ({"a": 'extends = "gone.toml"'}, r"gone\.toml: cannot be read: No such file"),
+        ({"a": 'extends = "zz.toml"'}, r"a\.toml: extends 'zz\.toml', but .* no file .*zz\.toml; give a .*\bshapes\b"),
+        ({"a": 'extends = "own-data/bas"'}, r"a\.toml: extends 'own-data/bas', but .*; did you mean 'own-data/base'"),
+        ({"a": 'extends = "own-data/base.toml"'}, r"a\.toml: extends .*; did you mean 'own-data/base'"),
         ({"a": 'extends = ["b.toml"]'}, r"a\.toml: 'extends' must be the name of one file, found \['b\.toml'\]"),
         ({"a": "seed = \nepochs = 1"}, r"a\.toml: is not valid TOML: Invalid value \(at line 1, "),
         ({"a": "seed = 1\nseed = 2\n"}, r"a\.toml: is not valid TOML: Cannot overwrite a value"),
     ],
-    ids=["itself", "circle of three", "missing parent", "two parents", "syntax", "key twice"],
+    ids=[
+        "itself",
+        "circle of three",
+        "missing parent",
+        "misspelt parent",
+        "parent with ending",
+        "two parents",
+        "syntax",
+        "key twice",
+    ],
 )
 def test_unreadable_files_say_why(tmp_path: Path, texts: dict[str, str], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         read_toml(write(tmp_path, **texts))
+
+
+def test_byte_order_mark_is_no_part_of_a_file(tmp_path: Path) -> None:
+    assert read_toml(write(tmp_path, a='\ufeffextends = "b.toml"\nseed = 1', b="\ufeffepochs = 2")) == {
+        "seed": 1,
+        "epochs": 2,
+    }
 
 
 def test_file_that_is_not_utf8_is_named(tmp_path: Path) -> None:
@@ -161,6 +179,26 @@ def test_an_override_without_field_or_value_shows_the_form(assignment: str) -> N
         ),
         (["recipe.crop_size=100"], ["field 'recipe': crop_size 100 must be a multiple of 32"]),
         (["recipe.input_size=[32,33]"], ["field 'recipe': input_size (32, 33) must be multiples of 32"]),
+        (
+            ["recipe.crop_area=[2.0,0.5]"],
+            ["field 'recipe.crop_area': must be two positive shares, the smaller one first, got [2.0, 0.5]"],
+        ),
+        (
+            ["recipe.crop_area=[-1,2]"],
+            ["field 'recipe.crop_area': must be two positive shares, the smaller one first, got [-1.0, 2.0]"],
+        ),
+        (
+            ["recipe.crop_area=[0,0]"],
+            ["field 'recipe.crop_area': must be two positive shares, the smaller one first, got [0.0, 0.0]"],
+        ),
+        (
+            ["recipe.network.semantic_dilations=[0,1,2]"],
+            ["field 'recipe.network.semantic_dilations.0': Input should be greater than 0 (found 0)"],
+        ),
+        (
+            ["recipe.network.instance_dilations=[-3,1,2]"],
+            ["field 'recipe.network.instance_dilations.0': Input should be greater than 0 (found -3)"],
+        ),
         (
             ["recipe.seed=1.5", "recipe.base.batch_size=no"],
             [

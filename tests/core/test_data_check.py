@@ -99,6 +99,8 @@ def damage(root: Path, what: str) -> None:
         coco["annotations"][0]["segmentation"] = []
     elif what == "broken code":
         coco["annotations"][0]["segmentation"] = {"size": [48, 64], "counts": [5000]}
+    elif what == "odd polygon":
+        coco["annotations"][0]["segmentation"].append([5, 5, 9])
     elif what == "empty mask":
         coco["annotations"][0]["segmentation"] = {"size": [48, 64], "counts": [48 * 64]}
     elif what == "out of bounds":
@@ -128,6 +130,7 @@ def damage(root: Path, what: str) -> None:
         ("mask of other size", "step 0", "unreadable mask", "a.jpg: mask of 'cat': mask of size [5, 5]"),
         ("no mask", "step 0", "unreadable mask", "a.jpg: mask of 'cat': segmentation is neither"),
         ("broken code", "step 0", "unreadable mask", "a.jpg: mask of 'cat': "),
+        ("odd polygon", "step 0", "unreadable mask", "a.jpg: mask of 'cat': polygon has 3 numbers; give every point"),
         ("duplicate", "evaluation", "duplicate", "train/a.jpg, and measured on"),
         ("no folder", "step 0", "annotations", "train: is not a folder of images"),
         ("unknown category", "step 0", "annotations", "there is no category with id 77"),

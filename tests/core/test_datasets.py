@@ -267,6 +267,15 @@ def test_file_names_may_begin_with_the_folder(tmp_path: Path) -> None:
         (
             {
                 "images": [
+                    {"id": i, "file_name": n, "height": 6, "width": 8}
+                    for i, n in enumerate(("1.png", "./1.png", "2.png"), start=1)
+                ]
+            },
+            "file name '1.png' is listed 2 times",
+        ),
+        (
+            {
+                "images": [
                     {"id": i, "file_name": f"{n}.png", "height": 6, "width": 8} for n, i in enumerate((1, 2, 3, 3))
                 ]
             },
@@ -299,6 +308,13 @@ def test_what_is_no_coco_file_is_refused(tmp_path: Path, content: str) -> None:
     path.write_text(content)
     with pytest.raises(DataError, match=r"broken\.json"):
         read_instances(path, tmp_path)
+
+
+def test_byte_order_mark_is_no_part_of_the_instances(tmp_path: Path) -> None:
+    write_source(tmp_path, "train")
+    path = tmp_path / "train.json"
+    path.write_text(f"\ufeff{path.read_text()}", encoding="utf-8")
+    assert len(read_instances(path, tmp_path / "train")) == 3
 
 
 def test_missing_file_is_refused(tmp_path: Path) -> None:
@@ -336,6 +352,10 @@ def test_tags_are_read_from_json_and_csv(tmp_path: Path, name: str, text: str) -
         ("t.json", b'{"a.png":', "is not valid JSON"),
         ("t.json", b"\xff\xfe", "is not UTF-8 text"),
         ("t.csv", b"a.png,cat\nb.png,dog\na.png,dog\n", "file name 'a.png' is listed 2 times"),
+        ("t.csv", b"a.png,cat\n./a.png,dog\n", "file name 'a.png' is listed 2 times"),
+        ("t.json", b'{"x/a.png": ["cat"], "x//a.png": ["dog"]}', "file name 'x/a.png' is listed 2 times"),
+        ("t.csv", b"file,class\na.png,cat\nb.png;dog\n", "line 'b.png;dog' has no comma; commas are expected"),
+        ("t.csv", b"file\tclass\na.png\tcat\n", r"line 'file\tclass' has no comma; commas are expected"),
     ],
 )
 def test_broken_tags_are_named(tmp_path: Path, name: str, content: bytes, message: str) -> None:

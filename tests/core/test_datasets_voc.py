@@ -121,6 +121,24 @@ def test_voc_lists_may_hold_pairs_of_paths(voc: Path) -> None:
     assert len(load_tagged_pictures(plan, 1)) == 3
 
 
+def test_byte_order_mark_is_no_part_of_a_list(voc: Path) -> None:
+    path = voc / "ImageSets" / "Segmentation" / "train.txt"
+    path.write_text(f"\ufeff{path.read_text()}", encoding="utf-8")
+    assert [picture.name for picture in load_tagged_pictures(make_plan(voc, "voc"), 1)] == [f"{n}.jpg" for n in TRAIN]
+
+
+@pytest.mark.parametrize("tags", [{}, {"tags": "tags.csv"}], ids=["xml", "tags file"])
+@pytest.mark.parametrize("suffix", ["", ".jpg", ".PNG"])
+def test_only_the_ending_of_an_image_is_dropped_from_a_name(tmp_path: Path, suffix: str, tags: dict[str, str]) -> None:
+    write_voc(tmp_path, {"train": {"img.v2": TRAIN["2007_000001"]}, "val": VAL})
+    (tmp_path / "ImageSets" / "Segmentation" / "train.txt").write_text(f"img.v2{suffix}\n")
+    (tmp_path / "tags.csv").write_text(f"img.v2{suffix},cat,dog\n")
+    plan = make_plan(tmp_path, "voc", train={"split": "train", **tags})
+    assert [(picture.name, picture.tags) for picture in load_tagged_pictures(plan, 1)] == [
+        ("img.v2.jpg", {"cat", "dog"})
+    ]
+
+
 def test_object_has_the_class_of_most_of_its_pixels_and_a_pixel_is_enough(tmp_path: Path) -> None:
     objects = [("cat", (0, 0, 10, 10)), ("dog", (20, 20, 21, 21))]
     write_voc(tmp_path, {"train": {"a": objects}, "val": VAL})

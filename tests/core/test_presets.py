@@ -116,6 +116,19 @@ def test_own_file_is_a_preset_under_its_name(tmp_path: Path) -> None:
     assert preset_name(str(path)) == "gentle"
 
 
+@pytest.mark.parametrize("name", ["cl4wsis", "plan", "compare", "step-1", "Step-12"])
+def test_file_whose_name_a_run_uses_otherwise_is_no_preset(tmp_path: Path, name: str) -> None:
+    path = tmp_path / f"{name}.toml"
+    path.write_text("[recipe.semantic]\nflac = false\n")
+    with pytest.raises(ConfigError) as caught:
+        load_plan("shapes", preset=str(path))
+    assert str(caught.value) == (
+        f"shapes with preset {path}: field 'recipe.preset': '{name}' already means something else in a run's folder; "
+        "rename the preset's file"
+    )
+    assert load_plan("shapes", preset=str(path.rename(tmp_path / f"{name}-a.toml"))).recipe.variant == f"{name}-a"
+
+
 def test_reset_brings_a_field_back_to_its_default(tmp_path: Path) -> None:
     path = tmp_path / "mine.toml"
     path.write_text('reset = ["semantic.optimizer.inherited_lr", "semantic.label_smoothing"]\n')
@@ -145,6 +158,8 @@ def test_one_field_of_a_table_leaves_the_others_as_they_were() -> None:
         ("reset = 'semantic'", "'reset' must be a list of fields"),
         ("reset = ['semantic.smoothing']", "'reset' names 'semantic.smoothing', which is no field of the recipe"),
         ("[recipe.semantic]\nflacc = true", "did you mean 'recipe.semantic.flac'?"),
+        ("recipe = 3", "mine.toml: 'recipe' must be a table with fields of the recipe, found 3"),
+        ("[recipe]\nnetwork = 3", "mine.toml: 'recipe.network' must be a table with fields of the network, found 3"),
     ],
 )
 def test_mistakes_in_a_preset_are_named(tmp_path: Path, content: str, message: str) -> None:

@@ -124,6 +124,17 @@ def test_mistakes_in_a_source_are_named(overrides: list[str], message: str) -> N
     assert message in str(caught.value)
 
 
+@pytest.mark.parametrize("step", [-1, 3])
+def test_a_source_for_a_step_that_the_plan_lacks_is_refused(step: int) -> None:
+    sources = ("data={kind='coco'}", "data.train.images=a", "data.val.images=b", "data.steps.2.images=c")
+    with pytest.raises(ConfigError) as caught:
+        plan(*sources, f"data.steps.{step}.images=d")
+    assert str(caught.value) == (
+        f"pets.toml: data.steps.{step} is for a step that the plan lacks, which has steps 0 to 2; correct the number, "
+        "or add the step's classes to 'steps'"
+    )
+
+
 def test_load_plan_reads_a_file_and_applies_overrides_last(tmp_path: Path) -> None:
     path = tmp_path / "mine.toml"
     path.write_text('name = "mine"\nsteps = [["cat"]]\ndata.kind = "shapes"\n[recipe]\nseed = 5\ncrop_size = 256\n')
