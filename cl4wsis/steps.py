@@ -106,6 +106,34 @@ def read_step(folder: Path) -> StepInfo:
         raise RunError(f"{path}: cannot be understood: {where}: {first['msg']}") from error
 
 
+def read_plan_step(plan: Plan, step: int, run: Path) -> StepInfo:
+    """Read a trained step of a run, once it is sure that its classes are those of the plan.
+
+    Several plans may end up in one run folder, when a plan is edited or its steps are set on the command line. Measured
+    or continued under another plan, a step would be taken for what it is not.
+
+    Args:
+        plan: whose step it should be; ``plan.recipe.variant`` selects the folder.
+        step: step number.
+        run: run folder.
+
+    Raises:
+        ConfigError: the plan has no such step.
+        RunError: the step is not trained, cannot be read, or knows other classes.
+    """
+    folder = step_folder(run, step, plan.recipe.variant)
+    expected = plan.split(step).seen_names
+    info = read_step(folder)
+    found = tuple(known.name for known in info.classes)
+    if found != expected:
+        raise RunError(
+            f"{folder}: was trained on another plan: it knows {', '.join(found)}, but step {step} of plan "
+            f"'{plan.name}' has {', '.join(expected)}; give the plan it was trained on, name another run folder with "
+            "--run, or delete this step to train it again"
+        )
+    return info
+
+
 def write_step_info(folder: Path, info: StepInfo) -> None:
     """Write ``step.json`` atomically."""
     write_text_atomically(folder / STEP_FILE, json.dumps(info.model_dump(mode="json"), indent=1) + "\n")

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperCommand
 
-from cl4wsis.cli.options import DeviceOption, JsonOption, RunOption, SetOption
+from cl4wsis.cli.options import DeviceOption, JsonOption, RunOption, SetOption, launch_fabric
 
 if TYPE_CHECKING:
     from cl4wsis.comparison import Measurement, Summary
@@ -34,7 +34,7 @@ def _spelled_out(words: Sequence[str], repeatable: set[str]) -> Iterator[str]:
             has_word = True
             continue
         if option is not None and not has_word:
-            yield option  # the parser says what it lacks
+            raise typer.BadParameter(f"{option} needs at least one word, as in --seeds 1 2 3 or --presets ours plus")
         option, has_word = (word if word in repeatable else None), False
         if option is None and word != "--":
             yield word
@@ -167,13 +167,32 @@ def _train_missing(jobs: "Sequence[tuple[Plan, int, Path]]", device: str) -> Non
             )
     if not missing:
         return
-    from cl4wsis_train.trainer import build_fabric, train_step
+    from cl4wsis_train.trainer import train_step
 
-    fabric = build_fabric(missing[0][0], device, 1)
+    fabric = launch_fabric(missing[0][0], device)
+    _check_data(missing)
     for number, (plan, step, run) in enumerate(missing, start=1):
         name = plan.recipe.preset or PLAN_ITSELF
         note(f"[{number}/{len(missing)}] {run.name}, step {step}" + (f", {name}" if step else ""))
         train_step(plan, step, run, fabric=fabric, report=note)
+
+
+def _check_data(jobs: "Sequence[tuple[Plan, int, Path]]") -> None:
+    """Check the data of all trainings, so that the last does not fail on it after hours of the others.
+
+    Presets and seeds share the data of a plan; what a step reads of it depends on the method alone.
+    """
+    from cl4wsis.cli.console import note
+    from cl4wsis.datasets import check_sources
+    from cl4wsis.errors import DataError
+
+    note("checking the data")
+    distinct = {(step, plan.recipe.method): plan for plan, step, _ in jobs}
+    for (step, method), plan in distinct.items():
+        try:
+            check_sources(plan, step)
+        except DataError as error:
+            raise DataError(f"step {step} cannot be trained with method {method}: {error}") from error
 
 
 def _descriptions(presets: Sequence[str]) -> dict[str, str]:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cl4wsis.cli.options import ConfigOption, DeviceOption, JsonOption, RunOption, SetOption
+from cl4wsis.cli.options import ConfigOption, DeviceOption, JsonOption, RunOption, SetOption, launch_fabric
 
 if TYPE_CHECKING:
     from cl4wsis.metrics import EvaluationReport
@@ -58,10 +58,14 @@ def demo(
 def train_all(plan: "Plan", run: Path, device: str) -> None:
     """Train the steps of a plan that are not trained yet."""
     from cl4wsis.cli.console import note
-    from cl4wsis_train.trainer import build_fabric, missing_steps, train_step
+    from cl4wsis.steps import read_plan_step, trained_steps
+    from cl4wsis_train.trainer import missing_steps, train_step
 
+    for step in trained_steps(run, plan.recipe.variant):
+        if step < plan.num_steps:
+            read_plan_step(plan, step, run)
     missing = missing_steps(plan, plan.num_steps - 1, run)
-    fabric = build_fabric(plan, device) if missing else None
+    fabric = launch_fabric(plan, device, "auto") if missing else None
     for step in missing:
         names = ", ".join(plan.split(step).new_names)
         knowledge = "masks" if step == 0 or plan.recipe.method != "cl4wsis" else "image tags alone"

@@ -5,7 +5,16 @@ from typing import Annotated
 
 import typer
 
-from cl4wsis.cli.options import DeviceOption, JsonOption, MethodOption, PresetOption, RunOption, SetOption
+from cl4wsis.cli.options import (
+    DeviceOption,
+    JsonOption,
+    MethodOption,
+    PresetOption,
+    RunOption,
+    SetOption,
+    launch_fabric,
+    load_chosen_plan,
+)
 
 
 def diagnose(
@@ -24,10 +33,9 @@ def diagnose(
     from cl4wsis.cli.console import print_json, progress_bar
     from cl4wsis.cli.report import print_variants
     from cl4wsis.errors import RunError, require
-    from cl4wsis.steps import step_folder, trained_steps
-    from cl4wsis.tasks import load_plan
+    from cl4wsis.steps import read_plan_step, step_folder, trained_steps
 
-    plan = load_plan(plan_name, [*(settings or []), *([f"recipe.method={method}"] if method else [])], preset)
+    plan = load_chosen_plan(plan_name, settings, preset, method)
     folder = run or Path("runs") / plan.name
     steps = trained_steps(folder, plan.recipe.variant)
     if not steps:
@@ -35,14 +43,13 @@ def diagnose(
             f"{folder}: holds no trained step; run 'cl4wsis train-step' first, or name the folder with --run"
         )
     step = steps[-1] if step is None else step
-    plan.split(step)
+    read_plan_step(plan, step, folder)
     require("train")
     from cl4wsis_train.checkpoint import load_step
     from cl4wsis_train.diagnose import diagnose_network
-    from cl4wsis_train.trainer import build_fabric
 
     network, _ = load_step(step_folder(folder, step, plan.recipe.variant))
-    network.to(build_fabric(plan, device, 1).device)
+    network.to(launch_fabric(plan, device).device)
     with progress_bar() as bar:
         task = bar.add_task("diagnose", total=None)
         reports = diagnose_network(

@@ -20,6 +20,7 @@ from cl4wsis.cli.options import (
     Runtime,
     SetOption,
     ThreadsOption,
+    load_chosen_plan,
 )
 
 if TYPE_CHECKING:
@@ -51,17 +52,17 @@ def evaluate(
     from cl4wsis.cli.console import print_json
     from cl4wsis.cli.predict import newest_bundle
     from cl4wsis.cli.report import print_report
-    from cl4wsis.tasks import load_plan
 
-    plan = load_plan(config, [*(settings or []), *([f"recipe.method={method}"] if method else [])], preset)
+    plan = load_chosen_plan(config, settings, preset, method)
     folder = run or Path("runs") / plan.name
+    runtime = Runtime(backend, precision, post, threads, allow_fallback)
     if step is None:
         path = bundle or newest_bundle(folder)
-        runtime = Runtime(backend, precision, post, threads, allow_fallback)
         report, title = evaluate_bundle(path, plan, runtime), str(path)
     elif bundle is not None:
         raise typer.BadParameter("give --bundle or --step, not both")
     else:
+        _refuse_runtime(runtime)
         report, title = _evaluate_step(plan, step, folder), f"step {step} of {plan.name}"
     if as_json:
         print_json(report.model_dump(mode="json"))
@@ -80,11 +81,21 @@ def evaluate_bundle(path: Path, plan: "Plan", runtime: Runtime | None = None) ->
         return evaluate_predictor(predictor, plan, lambda done, total: bar.update(task, completed=done, total=total))
 
 
+def _refuse_runtime(runtime: Runtime) -> None:
+    """Refuse options that would have no effect."""
+    unchanged = Runtime()
+    names = [f for f in Runtime._fields if getattr(runtime, f) != getattr(unchanged, f)]
+    if names:
+        options = ", ".join(f"--{name.replace('_', '-')}" for name in names)
+        raise typer.BadParameter(f"{options}: for the evaluation of a bundle, not for --step")
+
+
 def _evaluate_step(plan: "Plan", step: int, run: Path) -> "EvaluationReport":
     from cl4wsis.cli.console import progress_bar
     from cl4wsis.errors import require
-    from cl4wsis.steps import step_folder
+    from cl4wsis.steps import read_plan_step, step_folder
 
+    read_plan_step(plan, step, run)
     require("train")
     from cl4wsis_train.checkpoint import load_step
     from cl4wsis_train.evaluate import evaluate_network

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from cl4wsis.cli.options import ConfigOption, JsonOption, MethodOption, PresetOption, RunOption
+from cl4wsis.cli.options import ConfigOption, JsonOption, MethodOption, PresetOption, RunOption, load_chosen_plan
 
 if TYPE_CHECKING:
     from cl4wsis.bundle import Manifest
@@ -141,8 +141,7 @@ def export(
     from cl4wsis.cli.console import note, print_json
     from cl4wsis.cli.derive import EngineOptions
     from cl4wsis.errors import require
-    from cl4wsis.steps import read_step
-    from cl4wsis.tasks import load_plan
+    from cl4wsis.steps import read_plan_step, read_step
 
     options = EngineOptions(
         compute_capability,
@@ -170,10 +169,12 @@ def export(
         _show_progress()
         _print_derived(source, _derive(source, format, out, precision, options, engine), as_json)
         return
-    plan = load_plan(config, [f"recipe.method={method}"] if method else [], preset)
+    plan = load_chosen_plan(config, None, preset, method)
     run = run or Path("runs") / plan.name
     folder = _find_step(run, step, plan.recipe.variant)
     info = read_step(folder)
+    if config != _DEFAULT_PLAN:  # without --config, a step is what it says it is
+        read_plan_step(plan, info.step, run)
     require("export")
     require("cpu")
     _check_target(format, options, info)

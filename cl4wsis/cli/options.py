@@ -7,6 +7,9 @@ from typing import TYPE_CHECKING, Annotated, NamedTuple
 import typer
 
 if TYPE_CHECKING:
+    from lightning_fabric import Fabric
+
+    from cl4wsis.tasks import Plan
     from cl4wsis_serve.predictor import Predictor
 
 ConfigOption = Annotated[
@@ -112,3 +115,49 @@ class Runtime(NamedTuple):
         if predictor.skipped:
             note_once(f"passed over: {', '.join(predictor.skipped)} (see 'cl4wsis doctor', or --json for the reasons)")
         return predictor
+
+
+def load_chosen_plan(config: str, settings: list[str] | None, preset: str | None, method: str | None) -> "Plan":
+    """Load the plan that ``--config``, ``--set``, ``--preset`` and ``--method`` describe.
+
+    A preset has a method of its own. Steps of another method would stand in the preset's folder, where later steps
+    take them for the preset's.
+
+    Raises:
+        ConfigError: a file is missing or wrong.
+        typer.BadParameter: preset and method contradict each other.
+    """
+    from cl4wsis.tasks import load_plan
+
+    overrides = [*(settings or []), *([f"recipe.method={method}"] if method else [])]
+    plan = load_plan(config, overrides, preset)
+    if preset is None:
+        return plan
+    others = [setting for setting in overrides if setting.partition("=")[0].strip() != "recipe.method"]
+    expected = load_plan(config, others, preset).recipe.method
+    if plan.recipe.method != expected:
+        raise typer.BadParameter(
+            f"--preset {preset} has the method {expected}, not {plan.recipe.method}; give one of them, not both"
+        )
+    return plan
+
+
+def launch_fabric(plan: "Plan", device: str, devices: str = "1") -> "Fabric":
+    """Build and launch the fabric that ``--device`` and ``--devices`` describe.
+
+    Raises:
+        RunError: there is no such device here, or not so many of them.
+    """
+    from lightning_fabric.utilities.exceptions import MisconfigurationException
+
+    from cl4wsis.errors import RunError
+    from cl4wsis_train.trainer import build_fabric
+
+    try:
+        return build_fabric(plan, device, int(devices) if devices.isdecimal() else devices)
+    except (ValueError, TypeError, RuntimeError, ImportError, MisconfigurationException) as error:
+        reason = " ".join(str(error).split()).rstrip(".")
+        raise RunError(
+            f"--device {device} with --devices {devices} cannot be used here ({reason}): --device takes auto, cpu, "
+            "cuda or mps, and --devices auto or a number from 1, on GPUs at most as many as there are"
+        ) from error

@@ -5,7 +5,17 @@ from typing import Annotated
 
 import typer
 
-from cl4wsis.cli.options import ConfigOption, DeviceOption, JsonOption, MethodOption, PresetOption, RunOption, SetOption
+from cl4wsis.cli.options import (
+    ConfigOption,
+    DeviceOption,
+    JsonOption,
+    MethodOption,
+    PresetOption,
+    RunOption,
+    SetOption,
+    launch_fabric,
+    load_chosen_plan,
+)
 
 
 def train_step(
@@ -30,27 +40,29 @@ def train_step(
     """Train one step of a plan, from masks in step 0 and from image tags afterwards."""
     from cl4wsis.cli.report import print_step
     from cl4wsis.errors import RunError, require
-    from cl4wsis.steps import step_folder, trained_steps
-    from cl4wsis.tasks import load_plan
+    from cl4wsis.steps import read_plan_step, step_folder, trained_steps
 
-    overrides = [*(settings or []), *([f"recipe.method={method}"] if method else [])]
-    base_plan = load_plan(config, overrides)
-    plan = base_plan if preset is None else load_plan(config, overrides, preset)
+    plan = load_chosen_plan(config, settings, preset, method)
+    base_plan = plan if preset is None else load_chosen_plan(config, settings, None, None)
     folder = run or Path("runs") / plan.name
+    last = plan.num_steps - 1 if step is None else step
+    plan.split(last)
+    done = trained_steps(folder, plan.recipe.variant)
+    for number in done:
+        if number <= last:
+            read_plan_step(plan, number, folder)
     if step is None:
-        done = trained_steps(folder, plan.recipe.variant)
         missing = [s for s in range(plan.num_steps) if s not in done]
         if not missing:
             raise RunError(f"all {plan.num_steps} steps of plan '{plan.name}' are trained already, see {folder}")
         step = missing[0]
-    plan.split(step)
     require("train")
-    from cl4wsis_train.trainer import build_fabric, missing_steps
+    from cl4wsis_train.trainer import missing_steps
     from cl4wsis_train.trainer import train_step as train
 
-    fabric = build_fabric(plan, device, int(devices) if devices.isdigit() else devices)
+    fabric = launch_fabric(plan, device, devices)
     for number in missing_steps(plan, step, folder) if with_previous else [step]:
-        train(plan if number else base_plan, number, folder, fabric=fabric, report=_say)
+        train(plan if number else base_plan, number, folder, fabric=fabric, evaluate=evaluate, report=_say)
     if fabric.is_global_zero:
         print_step(step_folder(folder, step, plan.recipe.variant), as_json)
 

@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 
 import pytest
+from layouts import Split, write_coco
 from tiny import TINY
 from typer.testing import CliRunner, Result
 
@@ -116,6 +117,40 @@ def test_unknown_preset_is_named_before_anything_is_trained(tmp_path: Path) -> N
     assert not (tmp_path / "run").exists()
 
 
+def test_unusable_data_is_found_before_anything_is_trained(tmp_path: Path) -> None:
+    """The second preset needs masks for step 1, which has tags alone."""
+    classes = {1: "cat", 2: "dog"}
+    for name in ("base", "later"):
+        pictures: Split = {f"{name}{i}": [("cat", (0, 0, 20, 20)), ("dog", (30, 0, 50, 20))] for i in range(4)}
+        write_coco(tmp_path / name, tmp_path / f"{name}.json", pictures, classes)
+    (tmp_path / "tags.json").write_text(json.dumps({f"later{i}.jpg": ["dog"] for i in range(4)}))
+    plan = tmp_path / "pets.toml"
+    plan.write_text(
+        f"""
+        name = "pets"
+        steps = [["cat"], ["dog"]]
+        [data]
+        kind = "coco"
+        root = "{tmp_path}"
+        train = {{images = "base", instances = "base.json"}}
+        steps.1 = {{images = "later", tags = "tags.json"}}
+        val = {{images = "base", instances = "base.json"}}
+        """
+    )
+    answer = compare(plan, tmp_path / "run", "--presets", "ours", "fine-tune", "--seeds", "1")
+    assert answer.exit_code == 1
+    assert "step 1 cannot be trained with method fine-tune" in answer.stderr
+    assert "'instances'" in answer.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_unknown_device_gets_a_sentence(tmp_path: Path) -> None:
+    plan = str(write_plan(tmp_path / "tiny.toml"))
+    answer = RUNNER.invoke(app, ["compare", plan, "--run", str(tmp_path / "run"), "--device", "foo"])
+    assert answer.exit_code == 1
+    assert "--device takes auto, cpu, cuda or mps" in answer.stderr
+
+
 def test_presets_of_one_name_are_refused(tmp_path: Path) -> None:
     (tmp_path / "ours.toml").write_text("[recipe.semantic]\nflac = true\n")
     plan = write_plan(tmp_path / "tiny.toml")
@@ -132,6 +167,7 @@ def test_preset_of_a_single_step_stands_in_its_own_folder(folder: Path, tmp_path
     assert answer.exit_code == 0, answer.output
     info = read_step(tmp_path / "pam/step-1")
     assert info.plan.recipe.semantic.peak_module == "attention"
+    assert not info.metrics
     assert info.parent_sha256 == read_step(tmp_path / "step-0").weights_sha256
     measured = RUNNER.invoke(app, ["evaluate", *common, "--preset", "pam", "--step", "1", "--json"])
     assert measured.exit_code == 0, measured.output
@@ -143,10 +179,15 @@ def test_preset_of_a_single_step_stands_in_its_own_folder(folder: Path, tmp_path
     [
         ("plan --seeds 1 2 --run x", "plan --seeds 1 --seeds 2 --run x"),
         ("--run x --seeds 1 --seeds 2", "--run x --seeds 1 --seeds 2"),
-        ("--seeds --run x", "--seeds --run x"),
-        ("plan --seeds", "plan --seeds"),
         ("--run x plan", "--run x plan"),
     ],
 )
 def test_repeatable_options_take_all_words_up_to_the_next_option(words: str, expected: str) -> None:
     assert list(_spelled_out(words.split(), {"--seeds"})) == expected.split()
+
+
+@pytest.mark.parametrize("words", ["--presets --seeds 1", "--seeds 1 --presets"])
+def test_repeatable_option_without_a_word_is_named(words: str) -> None:
+    answer = RUNNER.invoke(app, ["compare", "shapes", *words.split()])
+    assert answer.exit_code == 2
+    assert "--presets needs at least one word" in " ".join(answer.stderr.replace("│", " ").split())

@@ -85,6 +85,21 @@ def test_mistakes_are_explained(run: Path, arguments: list[str], error: type[Exc
         raise answer.exception
 
 
+def test_step_of_another_plan_is_refused(run: Path, tmp_path: Path) -> None:
+    """The plan that is named must be the step's; later checks show that one with the step's classes is accepted."""
+    plan = tmp_path / "mine.toml"
+    steps = json.dumps(tiny_plan().steps)
+    for content, error, message in (
+        ('extends = "shapes"', RunError, "was trained on another plan: it knows disc, square, .*has star, cross"),
+        (f'extends = "shapes"\nsteps = {steps}', ConfigError, r"did you mean 'grouping\.profile'"),
+    ):
+        plan.write_text(content)
+        answer = call("--run", run, "--config", plan, "--set", "grouping.profil=fast")
+        assert isinstance(answer.exception, error)
+        with pytest.raises(error, match=message):
+            raise answer.exception
+
+
 def test_a_place_that_is_taken_is_found_out_before_the_work(run: Path, tmp_path: Path) -> None:
     (tmp_path / "photo.jpg").touch()
     answer = call("--run", run, "--out", tmp_path)

@@ -8,7 +8,7 @@ from tiny import TINY
 from typer.testing import CliRunner
 
 from cl4wsis.cli.main import app
-from cl4wsis.steps import trained_steps
+from cl4wsis.steps import ClassInfo, read_step, trained_steps, write_step_info
 
 RUNNER = CliRunner()
 SETTINGS = [part for override in TINY for part in ("--set", override)]
@@ -47,6 +47,11 @@ def test_missing_previous_step_is_explained(tmp_path: Path) -> None:
         (["--set", "recipe.base.epoch=1"], "did you mean 'recipe.base.epochs'?"),
         (["--set", "recipe.crop_size=100"], "crop_size 100 must be a multiple of 32"),
         (["--method", "magic"], "recipe.method"),
+        (["--device", "foo"], "--device foo with --devices auto cannot be used here (You selected an invalid"),
+        (["--device", "tpu"], "--device takes auto, cpu, cuda or mps"),
+        (["--device", "cpu", "--devices", "0"], "--devices auto or a number from 1"),
+        (["--device", "cpu", "--devices", "-2"], "--devices auto or a number from 1"),
+        (["--device", "cpu", "--devices", "abc"], "--devices auto or a number from 1"),
     ],
 )
 def test_mistakes_get_a_sentence(tmp_path: Path, arguments: list[str], message: str) -> None:
@@ -54,6 +59,63 @@ def test_mistakes_get_a_sentence(tmp_path: Path, arguments: list[str], message: 
     assert answer.exit_code == 1
     assert message in answer.stderr
     assert "Traceback" not in answer.output
+
+
+OTHER_PLAN = 'steps=[["square", "disc", "triangle", "star"], ["ring", "cross"], ["crescent", "heart"]]'
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["train-step"],
+        ["train-step", "--step", "2", "--with-previous"],
+        ["evaluate", "--step", "0"],
+        ["diagnose", "--step", "0"],
+        ["diagnose"],
+        ["demo"],
+    ],
+)
+def test_step_of_another_plan_is_refused(run: Path, command: list[str]) -> None:
+    """Swapped classes fit the network just as well."""
+    answer = RUNNER.invoke(app, [*command, "--run", str(run), *SETTINGS, "--set", OTHER_PLAN])
+    assert answer.exit_code == 1, answer.output
+    assert "was trained on another plan: it knows disc, square, triangle, star" in answer.stderr
+    assert "of plan 'shapes' has square, disc, triangle, star" in answer.stderr
+    assert "--run" in answer.stderr
+
+
+def test_step_of_another_plan_does_not_count_as_trained(run: Path, tmp_path: Path) -> None:
+    """Where all steps are there, but one learned other classes, training says so instead of having nothing to do."""
+    (tmp_path / "step-0").symlink_to(run / "step-0")
+    two_steps = 'steps=[["disc", "square", "triangle", "star"], ["heart"]]'
+    info = read_step(run / "step-0")
+    (tmp_path / "step-1").mkdir()
+    ring = ClassInfo(name="ring", step_added=1, color=(1, 2, 3))
+    write_step_info(tmp_path / "step-1", info.model_copy(update={"step": 1, "classes": (*info.classes, ring)}))
+    answer = RUNNER.invoke(app, ["train-step", "--run", str(tmp_path), *SETTINGS, "--set", two_steps])
+    assert answer.exit_code == 1
+    assert f"{tmp_path / 'step-1'}: was trained on another plan" in answer.stderr
+    assert "star, ring, but step 1 of plan 'shapes' has disc, square, triangle, star, heart" in answer.stderr
+
+
+@pytest.mark.parametrize(
+    "command", [["train-step"], ["evaluate", "--step", "1"], ["diagnose"], ["export"]], ids=lambda command: command[0]
+)
+def test_preset_keeps_its_method(tmp_path: Path, command: list[str]) -> None:
+    arguments = ["--run", str(tmp_path), "--preset", "plus"]
+    spellings = [["--method", "joint"]] + [["--set", "recipe.method=joint"]] * (command != ["export"])
+    for spelling in spellings:
+        answer = RUNNER.invoke(app, [*command, *arguments, *spelling])
+        assert answer.exit_code == 2
+        assert "the method cl4wsis, not joint" in " ".join(answer.stderr.replace("│", " ").split())
+
+
+def test_method_may_repeat_that_of_the_preset(tmp_path: Path) -> None:
+    answer = RUNNER.invoke(
+        app, ["evaluate", "--step", "1", "--run", str(tmp_path), "--preset", "joint", "--method", "joint"]
+    )
+    assert answer.exit_code == 1
+    assert f"{tmp_path / 'joint' / 'step-1'}: is not a trained step" in answer.stderr
 
 
 def test_evaluate_measures_a_trained_step(run: Path) -> None:
@@ -68,6 +130,23 @@ def test_evaluate_without_a_bundle_says_what_to_do(tmp_path: Path) -> None:
     answer = RUNNER.invoke(app, ["evaluate", "--run", str(tmp_path)])
     assert answer.exit_code == 1
     assert "cl4wsis export" in answer.stderr
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        ["--backend", "onnxruntime"],
+        ["--precision", "fp16"],
+        ["--post", "host"],
+        ["--threads", "2"],
+        ["--allow-fallback"],
+    ],
+    ids=lambda option: option[0],
+)
+def test_options_of_a_bundle_are_refused_for_a_step(run: Path, option: list[str]) -> None:
+    answer = RUNNER.invoke(app, ["evaluate", "--step", "0", "--run", str(run), *SETTINGS, *option])
+    assert answer.exit_code == 2
+    assert f"{option[0]}: for the evaluation of a bundle" in " ".join(answer.stderr.replace("│", " ").split())
 
 
 def test_bundle_and_step_exclude_each_other(tmp_path: Path) -> None:
