@@ -6,6 +6,7 @@ segmenters write it, uncompressed RLE, or polygons), in pixels of the upright im
 proposals, or ``a.json`` there. An image in which nothing was proposed has a file with an empty list.
 """
 
+import codecs
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -93,7 +94,7 @@ def read_proposals(folder: Path, name: str, height: int, width: int) -> Proposal
     """
     path = proposal_file(folder, name)
     try:
-        found = _PROPOSALS.validate_json(path.read_bytes())
+        found = _PROPOSALS.validate_json(path.read_bytes().removeprefix(codecs.BOM_UTF8))
     except OSError as error:
         raise DataError(
             f"{path}: cannot be read: {error.strerror or error}; an image without proposals needs a file with []"

@@ -66,6 +66,11 @@ def test_nothing_proposed_is_an_empty_map(tmp_path: Path) -> None:
     assert not proposals.id_map().any()
 
 
+def test_a_byte_order_mark_may_come_first(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_bytes(b"\xef\xbb\xbf[]")
+    assert len(read_proposals(tmp_path, "a.jpg", HEIGHT, WIDTH)) == 0
+
+
 def test_polygons_counts_and_scores_of_other_tools_are_read(tmp_path: Path) -> None:
     counts = {"size": [HEIGHT, WIDTH], "counts": [0, HEIGHT, HEIGHT * (WIDTH - 1)]}
     found = [
