@@ -1,5 +1,6 @@
 """Whole steps on a handful of drawn pictures: folders, lineage, resuming, baselines, several processes."""
 
+import errno
 import json
 import os
 import subprocess
@@ -156,6 +157,15 @@ def test_one_process_at_a_time_trains_a_step(run: Path, tmp_path: Path) -> None:
     (tmp_path / "step-0").symlink_to(step_folder(run, 0))
     with locked_folder(tmp_path / "step-1.partial"), pytest.raises(RunError, match="another process trains this step"):
         train_step(tiny_plan(), 1, tmp_path, fabric=build_fabric(tiny_plan(), "cpu"), evaluate=False)
+
+
+def test_a_file_system_without_locks_is_no_reason_not_to_train(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(handle: int, operation: int) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(pytest.importorskip("fcntl"), "flock", refuse)
+    with locked_folder(tmp_path / "step-1.partial"):
+        assert (tmp_path / "step-1.partial").is_dir()
 
 
 def test_training_that_diverges_is_an_error(tmp_path: Path) -> None:

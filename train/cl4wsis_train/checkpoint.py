@@ -83,6 +83,8 @@ def locked_folder(folder: Path) -> Iterator[None]:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise RunError(f"{folder}: another process trains this step; wait for it, or stop it first") from error
+        except OSError:  # some network file systems have no locks
+            pass
         yield
     finally:
         os.close(handle)
