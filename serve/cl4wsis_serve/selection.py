@@ -80,14 +80,18 @@ def _variant(
     bundle: Bundle, precision: Precision, post: Post | Literal["auto"], device: Device
 ) -> tuple[dict[str, str], VariantInfo]:
     """Resolve ``auto`` for the place of the grouping, with the reason where the faster place is not to be had."""
-    best, other = _POSTS[device] if post == "auto" else (post, post)
+    if post != "auto":
+        variant = bundle.variant(precision, post)
+        reason = bundle.link_in_the_way(variant)
+        if reason is not None:
+            raise BackendError(f"{reason}, or choose --post graph")
+        return {}, variant
+    best, other = _POSTS[device]
     held = {variant.post: variant for variant in bundle.manifest.variants if variant.precision == precision}
-    reason = bundle.link_in_the_way(held[best]) if best in held else None
-    if other == best and reason is not None:
-        raise BackendError(f"{reason}, or choose --post graph")
-    if other == best or other not in held or (best in held and reason is None):
+    missing = f"{bundle.path} holds no {precision} graph with post={best}"
+    reason = bundle.link_in_the_way(held[best]) if best in held else missing
+    if reason is None or other not in held:
         return {}, bundle.variant(precision, best)
-    reason = reason or f"{bundle.path} holds no {precision} graph with post={best}"
     return {f"post={best}": reason}, held[other]
 
 

@@ -223,9 +223,9 @@ class CocoWriter:
             self._drop(file)
             return
         categories = [{"id": label + 1, "name": info.name} for label, info in enumerate(self._classes)]
-        with self._explained(file), file:
-            file.write(f'\n],\n"images": {json.dumps(self._images)},\n"categories": {json.dumps(categories)}}}\n')
         with self._explained(file):
+            with file:
+                file.write(f'\n],\n"images": {json.dumps(self._images)},\n"categories": {json.dumps(categories)}}}\n')
             self._temporary.replace(self.path)
 
     @contextmanager

@@ -57,13 +57,12 @@ def reseal(bundle: Path) -> None:
     """Write the hashes of the files as they are now into the manifest, wherever it holds them."""
 
     def agree(manifest: dict[str, Any]) -> None:
-        reseal_files(bundle)
         for variant in manifest["variants"]:
-            variant["source_sha256"] = file_sha256(bundle / MODEL_FILE)
+            variant["source_sha256"] = manifest["files"][MODEL_FILE]
             if variant["weights_file"] is not None:
-                variant["weights_sha256"] = file_sha256(bundle / variant["weights_file"])
-        manifest["files"] = json.loads((bundle / MANIFEST_FILE).read_text())["files"]
+                variant["weights_sha256"] = manifest["files"][variant["weights_file"]]
 
+    reseal_files(bundle)
     edit(agree)(bundle)
 
 

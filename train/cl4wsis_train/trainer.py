@@ -196,6 +196,8 @@ class _StepTraining:
         writes = self.fabric.is_global_zero
         with locked_folder(self.partial) if writes else nullcontext():
             self.fabric.barrier()
+            if self.folder.exists():  # another process has just finished it
+                raise RunError(f"{self.folder}: step {self.step} was trained by another process meanwhile")
             progress = read_progress(self.partial, self.plan, self.step, self.parent_sha256)
             if progress is not None:
                 self.seconds = dict(progress.seconds)
