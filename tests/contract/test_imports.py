@@ -8,6 +8,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Iterable
+from pathlib import Path
 
 import pytest
 
@@ -108,8 +109,8 @@ def test_doctor_works_without_any_optional_part() -> None:
     assert "torch" in answer.stdout
 
 
-def test_training_without_torch_says_what_to_install() -> None:
-    answer = cl4wsis("train-step", "--config", "shapes")
+def test_training_without_torch_says_what_to_install(tmp_path: Path) -> None:
+    answer = cl4wsis("train-step", "--config", "shapes", "--run", str(tmp_path / "run"))
     assert answer.returncode == 1
     assert "pip install 'cl4wsis[train]'" in answer.stderr
     assert "Traceback" not in answer.stderr
