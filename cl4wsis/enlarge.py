@@ -102,14 +102,16 @@ def argmax_channels(values: FloatMap) -> tuple[NDArray[Any], FloatMap]:
     Returns:
         The channel, (...) uint8 (uint16 for more than 256 channels), and its value.
     """
-    return _argmax(iter(values), len(values))
+    number_type = np.uint8 if len(values) <= 256 else np.uint16
+    return _argmax((number_type(number), channel) for number, channel in enumerate(values))
 
 
 def enlarged_argmax(values: FloatMap, scale: int) -> NDArray[Any]:
     """Return the largest channel of every pixel of the fine map; the lowest wins a tie: (C, h, w) -> (H, W)."""
     coarse = argmax_channels(values)[0]
     tiles, mixed = _uniform_tiles(coarse, scale)
-    _fill_mixed_tiles(values, coarse, mixed, tiles)
+    for cells in _cells(mixed, coarse.shape, scale, _CHUNK_VALUES // scale**2):
+        cells.write(_largest_channel(cells, values, coarse), tiles)
     return _cut(tiles, scale)
 
 
@@ -132,31 +134,36 @@ def classify_enlarged(logits: FloatMap, scale: int) -> tuple[NDArray[Any], Float
     find_probs = _probs_by_steps if shifted.min() > -_STEEPEST else _probs_one_by_one
     limit = _CHUNK_VALUES // (len(logits) * scale)
     for cells in _cells(mixed, coarse.shape, scale, limit):
+        cells.write(_largest_channel(cells, logits, coarse), tiles)
         cells.write(find_probs(cells, shifted, None), probs)
     for cells in _cells((tiles[:, 0, :, 0] != 0) & ~mixed, coarse.shape, scale, limit):
         cells.write(find_probs(cells, shifted, coarse.reshape(-1)[cells.corners[0]]), probs)
-    _fill_mixed_tiles(logits, coarse, mixed, tiles)
     return _cut(tiles, scale), _cut(probs, scale)
 
 
-def _fill_mixed_tiles(values: FloatMap, coarse: NDArray[Any], mixed: NDArray[np.bool_], tiles: NDArray[Any]) -> None:
-    """Write the largest channel of every pixel of the mixed cells, comparing only channels that can be the largest.
+def _largest_channel(cells: "_Cells", values: FloatMap, coarse: NDArray[Any]) -> NDArray[Any]:
+    """Find the largest channel of every pixel of some cells, comparing only channels that can be the largest.
 
     The mean of the channels that are largest at the four corners is interpolated as any channel is, and is nowhere
     above the largest channel. So a channel that is below this mean at all corners is the largest nowhere in the cell.
+
+    Args:
+        cells: to be worked on.
+        values: (C, h, w).
+        coarse: (h, w), largest channel of every coarse pixel.
+
+    Returns:
+        (s * s, M) of the type of ``coarse``.
     """
-    scale = tiles.shape[1]
-    flat_values, flat_coarse = values.reshape(len(values), -1), coarse.reshape(-1)
-    for cells in _cells(mixed, coarse.shape, scale, _CHUNK_VALUES // scale**2):
-        numbers = np.arange(len(cells.rows))
-        corners = flat_values.take(cells.corners, axis=1)  # (C, 4, M)
-        mean = corners[flat_coarse[cells.corners], :, numbers].mean(axis=0).T  # (4, M)
-        possible = (corners >= mean - _SLACK * np.abs(mean)).any(axis=1)  # (C, M)
-        # The possible channels of each cell in order; where others have more, its first one again, which is harmless.
-        order = np.argsort(~possible, axis=0, kind="stable")[: possible.sum(axis=0).max()]
-        order = np.where(np.take_along_axis(possible, order, axis=0), order, order[0])  # (L, M)
-        slots, _ = _argmax((cells.enlarged(corners[channels, :, numbers].T) for channels in order), len(order))
-        cells.write(order.astype(tiles.dtype)[slots, numbers], tiles)
+    numbers = np.arange(len(cells.rows))
+    corners = values.reshape(len(values), -1).take(cells.corners, axis=1)  # (C, 4, M)
+    mean = corners[coarse.reshape(-1)[cells.corners], :, numbers].mean(axis=0).T  # (4, M)
+    possible = (corners >= mean - _SLACK * np.abs(mean)).any(axis=1)  # (C, M)
+    # The possible channels of each cell in order; where others have more, its first one again, which is harmless.
+    order = np.argsort(~possible, axis=0, kind="stable")[: possible.sum(axis=0).max()]
+    order = np.where(np.take_along_axis(possible, order, axis=0), order, order[0])  # (L, M)
+    choices = ((channels, cells.enlarged(corners[channels, :, numbers].T)) for channels in order.astype(coarse.dtype))
+    return _argmax(choices)[0]
 
 
 def _probs_by_steps(cells: "_Cells", shifted: FloatMap, largest_channel: NDArray[Any] | None) -> FloatMap:
@@ -212,7 +219,9 @@ def _probs_one_by_one(cells: "_Cells", shifted: FloatMap, _: NDArray[Any] | None
     Halfway between two classes that are hundreds apart, all exponentials vanish, but not relative to the largest.
     """
     corners = shifted.reshape(len(shifted), -1).take(cells.corners, axis=1)
-    _, largest = _argmax((cells.enlarged(channel) for channel in corners), len(corners))
+    largest = cells.enlarged(corners[0])
+    for channel in corners[1:]:
+        np.maximum(largest, cells.enlarged(channel), out=largest)
     total = np.zeros_like(largest)
     for channel in corners:
         total += np.exp(cells.enlarged(channel) - largest)
@@ -220,15 +229,22 @@ def _probs_one_by_one(cells: "_Cells", shifted: FloatMap, _: NDArray[Any] | None
     return probs
 
 
-def _argmax(channels: Iterator[FloatMap], count: int) -> tuple[NDArray[Any], FloatMap]:
-    """Find the largest of several maps of one shape, and which it is; the first wins a tie."""
-    largest = next(channels).copy()
-    best = np.zeros(largest.shape, np.uint8 if count <= 256 else np.uint16)
+def _argmax(channels: Iterator[tuple[Any, FloatMap]]) -> tuple[NDArray[Any], FloatMap]:
+    """Find the largest of several maps of one shape, and its number; the first wins a tie.
+
+    Args:
+        channels: the number of a map, or those of its columns, and the map. Numbers do not fall, except to repeat the
+            first map.
+    """
+    number, values = next(channels)
+    largest = values.copy()
+    best = np.empty_like(largest, number.dtype)
+    best[:] = number
     is_larger, candidate = np.empty(largest.shape, bool), np.empty_like(best)
-    for number, values in enumerate(channels, start=1):
+    for number, values in channels:
         np.greater(values, largest, out=is_larger)
         np.maximum(values, largest, out=largest)
-        np.multiply(is_larger, best.dtype.type(number), out=candidate)
+        np.multiply(is_larger, number, out=candidate)
         np.maximum(best, candidate, out=best)
     return best, largest
 
@@ -274,7 +290,8 @@ class _Cells:
 
 def _uniform_tiles(coarse: NDArray[Any], scale: int) -> tuple[NDArray[Any], NDArray[np.bool_]]:
     """Fill every cell with the class of its upper left corner: (h + 1, s, w + 1, s), and tell which cells are mixed."""
-    padded = np.pad(coarse, 1, mode="edge")
+    across, down = (np.arange(-1, side + 1).clip(0, side - 1) for side in coarse.shape[::-1])
+    padded = coarse[down[:, None], across]
     corner = padded[:-1, :-1]  # (h + 1, w + 1)
     mixed: NDArray[np.bool_] = (padded[:-1, 1:] != corner) | (padded[1:, :-1] != corner) | (padded[1:, 1:] != corner)
     rows, columns = corner.shape
@@ -286,7 +303,7 @@ def _uniform_tiles(coarse: NDArray[Any], scale: int) -> tuple[NDArray[Any], NDAr
 def _cells(chosen: NDArray[np.bool_], size: tuple[int, ...], scale: int, limit: int) -> Iterator[_Cells]:
     """Walk the chosen cells in chunks of at most ``limit``, but one at least."""
     height, width = size
-    all_rows, all_columns = np.nonzero(chosen)
+    all_rows, all_columns = np.divmod(np.flatnonzero(chosen), width + 1)
     # Pixel s // 2 is the first whose center lies at or behind the center of its coarse pixel.
     far = ((np.arange(scale) + 0.5 + scale // 2) / scale - 0.5).astype(np.float32)
     step = max(limit, 1)

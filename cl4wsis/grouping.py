@@ -358,13 +358,14 @@ def find_peaks(values: FloatMap, mask: NDArray[np.bool_], threshold: float, wind
         return np.zeros(0, np.int64)
     strong = np.where(above[box], values[box], 0)
     window = np.ones((window_size, window_size), np.uint8)
-    candidates = (cv2.dilate(strong, window) == strong) & above[box]
-    rows, columns = np.nonzero(candidates)
-    if len(np.unique(strong[rows, columns])) < len(rows):
-        order = np.zeros(candidates.shape, np.float32)
-        order[rows, columns] = np.arange(1, len(rows) + 1)
-        survives = cv2.dilate(order, window)[rows, columns] == order[rows, columns]
-        rows, columns = rows[survives], columns[survives]
+    candidates = np.flatnonzero((cv2.dilate(strong, window) == strong) & above[box])
+    heights = np.sort(strong.reshape(-1)[candidates])
+    if (heights[1:] == heights[:-1]).any():
+        order = np.zeros(strong.shape, np.float32)
+        order.reshape(-1)[candidates] = np.arange(1, len(candidates) + 1)
+        survives = cv2.dilate(order, window).reshape(-1)[candidates] == order.reshape(-1)[candidates]
+        candidates = candidates[survives]
+    rows, columns = np.divmod(candidates, strong.shape[1])
     flat: NDArray[np.int64] = (rows + box[0].start) * values.shape[1] + (columns + box[1].start)
     return flat
 
@@ -413,15 +414,17 @@ def nearest_center(
         Index of the center, of that shape.
     """
     nearest = np.zeros(target_y.shape, np.uint8)
-    least = np.full(target_y.shape, np.inf, np.float32)
-    distance, delta = np.empty_like(least), np.empty_like(least)
-    is_nearer = np.empty(least.shape, bool)
+    least, distance, delta = (np.empty(target_y.shape, np.float32) for _ in range(3))
+    is_nearer = np.empty(target_y.shape, bool)
     for number, (y, x) in enumerate(zip(center_y.tolist(), center_x.tolist(), strict=True)):
-        np.subtract(target_y, np.float32(y), out=distance)
-        np.multiply(distance, distance, out=distance)
+        squares = distance if number else least
+        np.subtract(target_y, np.float32(y), out=squares)
+        np.multiply(squares, squares, out=squares)
         np.subtract(target_x, np.float32(x), out=delta)
         np.multiply(delta, delta, out=delta)
-        np.add(distance, delta, out=distance)
+        np.add(squares, delta, out=squares)
+        if number == 0:
+            continue
         np.less(distance, least, out=is_nearer)
         np.minimum(distance, least, out=least)
         np.maximum(nearest, np.multiply(is_nearer, np.uint8(number)), out=nearest)

@@ -29,11 +29,11 @@ def find_runs(values: NDArray[Any]) -> Runs:
     """Find the runs of an (H, W) map."""
     width = values.shape[1]
     flat = np.ascontiguousarray(values).reshape(-1)
-    begins = np.empty(flat.size, bool)
-    np.not_equal(flat[1:], flat[:-1], out=begins[1:])
-    begins[:: max(width, 1)] = True
-    starts = np.flatnonzero(begins)
-    lengths = np.diff(starts, append=flat.size)
+    is_edge = np.empty(flat.size + 1, bool)
+    np.not_equal(flat[1:], flat[:-1], out=is_edge[1:-1])
+    is_edge[:: max(width, 1)] = True
+    edges = np.flatnonzero(is_edge)
+    starts, lengths = edges[:-1], edges[1:] - edges[:-1]
     return Runs(starts, lengths, flat[starts])
 
 
