@@ -96,7 +96,12 @@ def compare(
 def _load_plans(
     name: str, presets: Sequence[str], settings: Sequence[str], seed: int
 ) -> "tuple[Plan, dict[str, Plan]]":
-    """Load the plan itself, which trains step 0, and the plan under each preset."""
+    """Load the plan itself, which trains step 0, and the plan under each preset.
+
+    Raises:
+        ConfigError: a file is wrong, or two presets are called alike.
+        typer.BadParameter: a setting would undo what a preset does.
+    """
     from cl4wsis.errors import ConfigError
     from cl4wsis.presets import preset_name
     from cl4wsis.tasks import load_plan
@@ -109,7 +114,30 @@ def _load_plans(
         if label in plans:
             raise ConfigError(f"two presets are called '{label}'; their steps would share a folder: rename a file")
         plans[label] = base if preset == PLAN_ITSELF else load_plan(name, overrides, preset)
+        if preset != PLAN_ITSELF:
+            _check_settings(name, preset, settings, plans[label])
     return base, plans
+
+
+def _check_settings(name: str, preset: str, settings: Sequence[str], found: "Plan") -> None:
+    """Refuse settings of a field that a preset sets itself: the presets would not differ in it any more."""
+    from cl4wsis.tasks import load_plan
+
+    plain, wanted = load_plan(name), load_plan(name, preset=preset)
+    for field in dict.fromkeys(setting.partition("=")[0].strip() for setting in settings):
+        before, expected, value = (_value_of(plan, field) for plan in (plain, wanted, found))
+        if before != expected != value:
+            raise typer.BadParameter(
+                f"--set {field}: preset '{preset}' makes it {expected!r} and would not be itself with {value!r}; set "
+                "it in the plan's file, over which presets are laid, or leave it out"
+            )
+
+
+def _value_of(plan: "Plan", field: str) -> Any:
+    value: Any = plan
+    for part in field.split("."):
+        value = getattr(value, part, None)
+    return value
 
 
 def _train_and_read(

@@ -163,6 +163,8 @@ def export(
         "--set": bool(settings),
     }
     _check_options(format, options, source, out, [name for name, is_given in of_training.items() if is_given])
+    if format in _FOLDERS and len(set(precision or [])) > 1:
+        raise typer.BadParameter(f"--format {format.value} takes one --precision")
     if engine is not None and (format is not ExportFormat.TRITON or source is None):
         raise typer.BadParameter("--engine belongs to --format triton with --from")
     if source is not None:
@@ -177,7 +179,7 @@ def export(
         read_plan_step(plan, info.step, run)
     require("export")
     require("cpu")
-    _check_target(format, options, info)
+    _check_target(format, options, info, out)
     default = folder.parent / f"{info.plan.name}-step{info.step}.cl4wsis"
     destination = default if out is None or format in _FOLDERS else out
     check_destination(destination)
@@ -228,8 +230,8 @@ def _check_options(
         raise typer.BadParameter("--out: engines go into the bundle of --from, or with --engine-cache into the cache")
 
 
-def _check_target(format: ExportFormat, options: "EngineOptions", info: "StepInfo") -> None:
-    """Find out what is missing for a format before the long work of the export."""
+def _check_target(format: ExportFormat, options: "EngineOptions", info: "StepInfo", out: Path | None) -> None:
+    """Find out what is missing for a format, or in its way, before the long work of the export."""
     from cl4wsis.cli.derive import engine_spec
     from cl4wsis.errors import require
 
@@ -243,6 +245,14 @@ def _check_target(format: ExportFormat, options: "EngineOptions", info: "StepInf
         check_capabilities(engine_spec(options, is_rtx=True).compute_capabilities)
     elif format is ExportFormat.OPENVINO:
         require("openvino")
+        if out is not None:
+            from cl4wsis_export import openvino
+
+            openvino.check_destination(out)
+    elif format is ExportFormat.TRITON and out is not None:
+        from cl4wsis_export import triton
+
+        triton.check_destination(out / triton.model_name(info.plan.name))
 
 
 def _derive(
@@ -259,8 +269,6 @@ def _derive(
     precisions: Any = _precisions(precision) if precision else [derive.default_precision(bundle)]
     if format in _ENGINES:
         return derive.add_engines(bundle, format is ExportFormat.TENSORRT_RTX, precisions, options)
-    if len(precisions) > 1:
-        raise typer.BadParameter(f"--format {format.value} takes one --precision")
     if format is ExportFormat.TRITON:
         return derive.write_triton(bundle, out, precisions[0], engine)
     return derive.write_openvino(bundle, out, precisions[0])

@@ -4,6 +4,7 @@ Importing the commands is cheap: they import what they work with when they run. 
 keyboard is one sentence on stderr and exit code 1; a wrong option is 2; an interruption is 130.
 """
 
+import errno
 import functools
 from collections.abc import Callable
 from typing import Annotated, Any
@@ -66,11 +67,22 @@ def _with_plain_errors(command: Callable[..., None]) -> Callable[..., None]:
         except Cl4wsisError as error:
             typer.echo(f"error: {error}", err=True)
             raise typer.Exit(1) from error
+        except OSError as error:  # of a folder or disk that the command cannot go on without
+            if error.errno is None or error.errno == errno.EPIPE:  # the latter is the reader's business, as in "| head"
+                raise
+            typer.echo(f"error: {_describe(error)}", err=True)
+            raise typer.Exit(1) from error
         except KeyboardInterrupt as error:
             typer.echo("interrupted; what was finished before is kept", err=True)
             raise typer.Exit(130) from error
 
     return wrapped
+
+
+def _describe(error: OSError) -> str:
+    reason = error.strerror or str(error)
+    place = f"{error.filename}: {reason}" if error.filename else reason
+    return f"{place}; check the place, its permissions and the space on its disk, then run the command again"
 
 
 for _name, _command in (

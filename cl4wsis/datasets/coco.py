@@ -122,6 +122,7 @@ class _CocoImage(BaseModel):
 
 
 class _CocoAnnotation(BaseModel):
+    id: int | str | None = None
     image_id: int | str
     category_id: int | str
     bbox: tuple[float, float, float, float] | None = None  # x, y, width, height
@@ -181,6 +182,12 @@ def list_instances(
         *describe_repeated("category id", (category.id for category in coco.categories)),
         *describe_repeated("image id", (image.id for image in coco.images)),
         *describe_repeated("file name", (str(PurePosixPath(image.file_name)) for image in coco.images)),
+    ]
+    of_image = Counter((found.id, found.image_id, found.category_id) for found in coco.annotations)
+    problems += [
+        f"annotation {number!r} of image {image!r} is listed {count} times"
+        for (number, image, _), count in of_image.items()
+        if count > 1 and number is not None
     ]
     for index, annotation in enumerate(coco.annotations):
         if annotation.image_id not in annotations:

@@ -46,8 +46,7 @@ def write_openvino(bundle: Bundle, variant: VariantInfo, destination: Path) -> P
     """
     require("openvino")
     require("cpu")
-    if destination.exists() and not (destination / MODEL_FILE).is_file():
-        raise BundleError(f"{destination}: exists and holds no {MODEL_FILE}; choose another folder with --out")
+    check_destination(destination)
     import openvino
 
     graph = bundle.path_of(variant)
@@ -83,6 +82,16 @@ def _golden_frames(bundle: Bundle) -> list[NDArray[np.uint8]]:
     if bundle.path.is_dir() and bundle.manifest.golden:
         return [read_image(bundle.path / case.image) for case in bundle.manifest.golden]
     return [np.full((*bundle.manifest.input.size, 3), 127, np.uint8)]
+
+
+def check_destination(destination: Path) -> None:
+    """Check that a model may be written here: the place is free, or holds another one.
+
+    Raises:
+        BundleError: something else is there.
+    """
+    if destination.exists() and not (destination / MODEL_FILE).is_file():
+        raise BundleError(f"{destination}: exists and holds no {MODEL_FILE}; choose another folder with --out")
 
 
 def _check(openvino: Any, model: Path, bundle: Bundle, variant: VariantInfo) -> None:

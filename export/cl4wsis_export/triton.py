@@ -54,7 +54,7 @@ def write_repository(
         BackendError: the engine is damaged.
     """
     manifest = bundle.manifest
-    name = model_name(bundle)
+    name = model_name(manifest.plan)
     _check_engine(engine)
     folder = repository / name
     version = folder / str(manifest.step + 1)
@@ -85,9 +85,9 @@ def write_repository(
     return folder
 
 
-def model_name(bundle: Bundle) -> str:
+def model_name(plan: str) -> str:
     """Return the name under which a server offers the model: that of the plan, as steps are versions of one model."""
-    return "".join(letter if letter.isalnum() or letter in "-_" else "_" for letter in bundle.manifest.plan)
+    return "".join(letter if letter.isalnum() or letter in "-_" else "_" for letter in plan)
 
 
 def render_config(
@@ -198,12 +198,21 @@ def _warmup_files(bundle: Bundle) -> dict[str, bytes]:
     return {f"{image.stem}.raw": read_image(image).tobytes() for image in images}
 
 
+def check_destination(folder: Path) -> None:
+    """Check that a version of a model may be written here: the place is free, or holds versions of one.
+
+    Raises:
+        BundleError: something else is there.
+    """
+    if not (folder / CONFIG_FILE).exists() and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise BundleError(f"{folder}: exists and is no Triton model; choose another folder with --out")
+
+
 def _check_inputs_agree(folder: Path, config: str) -> None:
     """Check that the versions of a model, which share one configuration, take and give the same tensors."""
+    check_destination(folder)
     path = folder / CONFIG_FILE
     if not path.exists():
-        if folder.exists() and any(folder.iterdir()):
-            raise BundleError(f"{folder}: exists and is no Triton model; choose another folder with --out")
         return
     before, after = (_tensor_part(text) for text in (path.read_text(encoding="utf-8"), config))
     if before != after:

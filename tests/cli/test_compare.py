@@ -117,6 +117,20 @@ def test_unknown_preset_is_named_before_anything_is_trained(tmp_path: Path) -> N
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(
+    ("setting", "preset", "value"),
+    [("recipe.method=joint", "ours", "cl4wsis"), ("recipe.semantic.flac=true", "wilson", "False")],
+)
+def test_settings_may_not_undo_a_preset(tmp_path: Path, setting: str, preset: str, value: str) -> None:
+    plan = write_plan(tmp_path / "tiny.toml", *(['recipe.method="fine-tune"'] if "method" in setting else []))
+    answer = compare(plan, tmp_path / "run", "--presets", preset, "--set", setting)
+    assert answer.exit_code == 2
+    said = " ".join(answer.stderr.replace("│", " ").split())
+    assert f"--set {setting.partition('=')[0]}: preset '{preset}' makes it" in said
+    assert value in said
+    assert not (tmp_path / "run").exists()
+
+
 def test_unusable_data_is_found_before_anything_is_trained(tmp_path: Path) -> None:
     """The second preset needs masks for step 1, which has tags alone."""
     classes = {1: "cat", 2: "dog"}

@@ -100,11 +100,24 @@ def test_step_of_another_plan_is_refused(run: Path, tmp_path: Path) -> None:
             raise answer.exception
 
 
-def test_a_place_that_is_taken_is_found_out_before_the_work(run: Path, tmp_path: Path) -> None:
-    (tmp_path / "photo.jpg").touch()
-    answer = call("--run", run, "--out", tmp_path)
+@pytest.mark.parametrize(
+    ("format", "taken", "message"),
+    [
+        ("onnx", "photo.jpg", "exists and is no bundle"),
+        ("openvino", "photo.jpg", "exists and holds no model.xml"),
+        ("triton", "shapes/photo.jpg", "exists and is no Triton model"),
+    ],
+)
+def test_a_place_that_is_taken_is_found_out_before_the_work(
+    run: Path, tmp_path: Path, format: str, taken: str, message: str
+) -> None:
+    if format == "openvino":
+        pytest.importorskip("openvino", reason="the format needs the extra 'openvino'")
+    (tmp_path / taken).parent.mkdir(exist_ok=True)
+    (tmp_path / taken).touch()
+    answer = call("--run", run, "--format", format, "--out", tmp_path)
     assert isinstance(answer.exception, BundleError)
-    assert "exists and is no bundle" in str(answer.exception)
+    assert message in str(answer.exception)
     assert "exporting" not in answer.stderr
 
 

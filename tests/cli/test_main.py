@@ -90,6 +90,18 @@ def test_our_errors_are_one_line_and_exit_code_1(tmp_path: Path) -> None:
     assert "Traceback" not in answer.stderr
 
 
+def test_a_place_that_cannot_be_written_gets_a_sentence(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+
+    def write(*args: object) -> None:
+        (tmp_path / "file" / "below").write_text("")
+
+    monkeypatch.setattr(inspect_command, "_inspect_plan", write)
+    answer = RUNNER.invoke(app, ["inspect", "shapes"])
+    assert answer.exit_code == 1
+    assert answer.stderr.startswith(f"error: {tmp_path / 'file' / 'below'}: Not a directory; check")
+
+
 def test_unknown_option_is_exit_code_2() -> None:
     answer = RUNNER.invoke(app, ["doctor", "--jsn"])
     assert answer.exit_code == 2

@@ -282,6 +282,10 @@ def test_file_names_may_begin_with_the_folder(tmp_path: Path) -> None:
             "image id 3 is listed 2 times",
         ),
         ({"categories": [{"id": 1, "name": n} for n in ("cat", "dog")]}, "category id 1 is listed 2 times"),
+        (
+            {"annotations": [annotate(1, 1, (0, 0, 2, 2), id=7) for _ in range(2)]},
+            "annotation 7 of image 1 is listed 2 times",
+        ),
     ],
 )
 def test_contradictions_in_instances_are_named(tmp_path: Path, changes: dict[str, Any], message: str) -> None:

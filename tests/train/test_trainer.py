@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny import TINY, tiny_plan
 
 from cl4wsis.errors import RunError
@@ -102,6 +103,7 @@ def test_interrupted_step_ends_as_if_it_had_not_been(
     found, expected = (read_step(step_folder(folder, 1)).weights_sha256 for folder in (tmp_path, run))
     assert found == expected
     assert iterations(tmp_path) == iterations(run)
+    assert shown_iterations(tmp_path) == shown_iterations(run)
 
 
 def interrupted_step(run: Path, monkeypatch: pytest.MonkeyPatch, phase: str, epoch: int) -> None:
@@ -125,6 +127,13 @@ def interrupted_step(run: Path, monkeypatch: pytest.MonkeyPatch, phase: str, epo
 def iterations(run: Path) -> list[tuple[str, int]]:
     lines = (step_folder(run, 1) / "metrics.jsonl").read_text().splitlines()
     return [(entry["phase"], entry["iteration"]) for entry in map(json.loads, lines)]
+
+
+def shown_iterations(run: Path) -> dict[str, list[int]]:
+    """Return the iterations of every curve in TensorBoard."""
+    events = EventAccumulator(str(step_folder(run, 1) / "tensorboard"))
+    events.Reload()
+    return {tag: [event.step for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
 
 
 def test_an_interrupted_step_goes_on_under_the_same_settings_alone(

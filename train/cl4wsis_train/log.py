@@ -2,10 +2,11 @@
 
 import json
 import math
+import shutil
 import time
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 import torch
 from rich.console import Console
@@ -42,7 +43,7 @@ class TrainingLog:
     def __enter__(self) -> Self:
         if self.enabled:
             self._file = (self.folder / METRICS_FILE).open("a", encoding="utf-8")
-            self._writer = SummaryWriter(str(self.folder / _TENSORBOARD_FOLDER))
+            self._writer = self._open_tensorboard()
             self._progress = Progress(
                 TextColumn("{task.description:<9}"),
                 BarColumn(bar_width=30),
@@ -116,7 +117,7 @@ class TrainingLog:
     def _write_line(
         self, iteration: int, epoch: int, lr: float, means: dict[str, dict[str, float]], now: float
     ) -> None:
-        line = {
+        line: dict[str, Any] = {
             "phase": self._phase,
             "iteration": iteration,
             "epoch": epoch,
@@ -126,9 +127,17 @@ class TrainingLog:
         }
         self._file.write(json.dumps(line) + "\n")
         self._file.flush()
-        for name, value in (*means["losses"].items(), *means["statistics"].items()):
-            self._writer.add_scalar(f"{self._phase}/{name}", value, iteration)
+        _add_scalars(self._writer, line)
         self._progress.update(self._task, loss=f"loss {sum(means['losses'].values()):.3f}")
+
+    def _open_tensorboard(self) -> SummaryWriter:
+        """Write the events of the lines that are kept anew: those of an interrupted training hold more."""
+        folder = self.folder / _TENSORBOARD_FOLDER
+        shutil.rmtree(folder, ignore_errors=True)
+        writer = SummaryWriter(str(folder))
+        for line in (self.folder / METRICS_FILE).read_text(encoding="utf-8").splitlines():
+            _add_scalars(writer, json.loads(line))
+        return writer
 
     def _means(self, sums: dict[str, Tensor]) -> dict[str, float]:
         """Read all sums back in one transfer."""
@@ -136,6 +145,13 @@ class TrainingLog:
             return {}
         values = mean_over_processes(torch.stack(list(sums.values())).float() / self._count).tolist()
         return dict(zip(sums, values, strict=True))
+
+
+def _add_scalars(writer: SummaryWriter, line: dict[str, Any]) -> None:
+    """Show a line of ``metrics.jsonl`` in TensorBoard."""
+    for kind in ("losses", "statistics"):
+        for name, value in line.get(kind, {}).items():
+            writer.add_scalar(f"{line['phase']}/{name}", value, line["iteration"])
 
 
 def _cut_back(path: Path, done: tuple[str, int] | None) -> None:
