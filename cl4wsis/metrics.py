@@ -26,8 +26,6 @@ THRESHOLDS_9 = tuple(percent / 100 for percent in range(50, 95, 5))
 """0.50, 0.55, ..., 0.90: what published tables of this task call AP@.5:.95."""
 THRESHOLDS_10 = tuple(percent / 100 for percent in range(50, 100, 5))
 """0.50, 0.55, ..., 0.95."""
-IGNORE_LABEL = 255
-"""Value of target pixels that no confusion matrix counts."""
 
 
 class GroupMeans(Settings):
@@ -158,8 +156,8 @@ def confusion_matrix(prediction_map: NDArray[Any], target_map: NDArray[Any], num
 
     Args:
         prediction_map: (H, W), 0 background, class ``c`` is ``c + 1``.
-        target_map: (H, W), same; pixels of 255 (``IGNORE_LABEL``) are left out.
-        num_classes: foreground classes, at most 254.
+        target_map: (H, W), same.
+        num_classes: foreground classes.
 
     Returns:
         (num_classes + 1, num_classes + 1), rows are targets.
@@ -169,8 +167,7 @@ def confusion_matrix(prediction_map: NDArray[Any], target_map: NDArray[Any], num
     """
     if prediction_map.shape != target_map.shape:
         raise ValueError(f"class maps must have one size, found {prediction_map.shape} and {target_map.shape}")
-    counted = target_map != IGNORE_LABEL
-    target, prediction = target_map[counted].astype(np.int64), prediction_map[counted].astype(np.int64)
+    target, prediction = (values.reshape(-1).astype(np.int64) for values in (target_map, prediction_map))
     for name, values in (("target", target), ("prediction", prediction)):
         if values.size and not 0 <= values.min() <= values.max() <= num_classes:
             raise ValueError(f"{name} map must lie in 0..{num_classes}, found {values.min()}..{values.max()}")
@@ -195,61 +192,75 @@ def mean_iou(confusion: NDArray[Any]) -> tuple[FloatArray, float]:
     return iou, _mean(iou)
 
 
-def evaluate_predictions(
-    predictions: Iterable[Instances],
-    ground_truths: Iterable[Instances],
-    split: ClassSplit,
-    semantic_maps: Iterable[NDArray[Any]] | None = None,
-) -> EvaluationReport:
-    """Measure one step on a set of images, in one pass over them.
+class Evaluation:
+    """Measures one step on a set of images, one image at a time.
+
+    What is kept of an image grows with its instances, not with its pixels: matches, run-length codes, pixel counts.
 
     Args:
-        predictions: one per image.
-        ground_truths: one per image, holding only classes seen so far.
         split: the classes of the step.
-        semantic_maps: class map (H, W) of the network for each image, 0 background; when not given, the class map is
-            painted from the predicted instances.
-
-    Raises:
-        ValueError: numbers of images, image sizes or labels do not fit.
     """
-    num_classes = split.num_classes
-    matches, images = [], []
-    confusion = np.zeros((num_classes + 1, num_classes + 1), np.int64)
-    maps = iter(semantic_maps) if semantic_maps is not None else None
-    for index, (prediction, ground_truth) in enumerate(_pairs(predictions, ground_truths)):
-        matches.append(_match_image(index, prediction, ground_truth, num_classes))
-        images.append(_coco_image(index, prediction, ground_truth))
-        predicted_map = semantic_map_from_instances(prediction) if maps is None else _next_map(maps, index)
-        confusion += confusion_matrix(predicted_map, semantic_map_from_instances(ground_truth), num_classes)
-    voc = _voc_average_precision(matches, num_classes, THRESHOLDS_10)
-    columns = {
-        "ap50": voc[:, 0],
-        "ap": voc.mean(axis=1),
-        "ap9": voc[:, : len(THRESHOLDS_9)].mean(axis=1),
-        "coco_ap": _coco_average_precision(images, num_classes).mean(axis=1),
-    }
-    iou, mean_of_all = mean_iou(confusion)
-    groups = {name: _group_means(values, split) for name, values in columns.items()}
-    groups["iou"] = _group_means(iou[1:], split).model_copy(update={"all": _number(mean_of_all)})
-    counts = np.bincount(_objects_by_label(matches), minlength=num_classes)
-    classes = tuple(
-        ClassMetrics(
-            name=name,
-            num_instances=int(counts[label]),
-            iou=_number(iou[label + 1]),
-            **{column: _number(values[label]) for column, values in columns.items()},
+
+    def __init__(self, split: ClassSplit) -> None:
+        self.split = split
+        self._matches: list[_ImageMatches] = []
+        self._images: list[_CocoImage] = []
+        self._confusion = np.zeros((split.num_classes + 1,) * 2, np.int64)
+
+    def __len__(self) -> int:
+        """Return the number of images so far."""
+        return len(self._images)
+
+    def add(self, prediction: Instances, ground_truth: Instances, semantic_map: NDArray[Any] | None = None) -> None:
+        """Take one image.
+
+        Args:
+            prediction: for the image.
+            ground_truth: of the same size, holding only classes seen so far.
+            semantic_map: class map (H, W) of the network, 0 background; when not given, the class map is painted from
+                the predicted instances.
+
+        Raises:
+            ValueError: sizes or labels do not fit.
+        """
+        index, num_classes = len(self), self.split.num_classes
+        matches = _match_image(index, prediction, ground_truth, num_classes)
+        predicted_map = semantic_map_from_instances(prediction) if semantic_map is None else semantic_map
+        self._confusion += confusion_matrix(predicted_map, semantic_map_from_instances(ground_truth), num_classes)
+        self._matches.append(matches)
+        self._images.append(_coco_image(index, prediction, ground_truth))
+
+    def report(self) -> EvaluationReport:
+        """Return what was measured on the images so far."""
+        split, num_classes = self.split, self.split.num_classes
+        voc = _voc_average_precision(self._matches, num_classes, THRESHOLDS_10)
+        columns = {
+            "ap50": voc[:, 0],
+            "ap": voc.mean(axis=1),
+            "ap9": voc[:, : len(THRESHOLDS_9)].mean(axis=1),
+            "coco_ap": _coco_average_precision(self._images, num_classes).mean(axis=1),
+        }
+        iou, mean_of_all = mean_iou(self._confusion)
+        groups = {name: _group_means(values, split) for name, values in columns.items()}
+        groups["iou"] = _group_means(iou[1:], split).model_copy(update={"all": _number(mean_of_all)})
+        counts = np.bincount(_objects_by_label(self._matches), minlength=num_classes)
+        classes = tuple(
+            ClassMetrics(
+                name=name,
+                num_instances=int(counts[label]),
+                iou=_number(iou[label + 1]),
+                **{column: _number(values[label]) for column, values in columns.items()},
+            )
+            for label, name in enumerate(split.seen_names)
         )
-        for label, name in enumerate(split.seen_names)
-    )
-    return EvaluationReport(
-        step=split.step,
-        num_images=len(images),
-        num_old_classes=split.num_old_classes,
-        classes=classes,
-        background_iou=_number(iou[0]),
-        **groups,
-    )
+        return EvaluationReport(
+            step=split.step,
+            num_images=len(self),
+            num_old_classes=split.num_old_classes,
+            classes=classes,
+            background_iou=_number(iou[0]),
+            **groups,
+        )
 
 
 def forgetting(reports: Mapping[int, EvaluationReport]) -> ForgettingReport:
@@ -422,14 +433,6 @@ def _coco_index(images: Sequence[_CocoImage], annotations: Sequence[list[dict[st
     }
     data.createIndex()
     return data
-
-
-def _next_map(maps: Any, index: int) -> NDArray[Any]:
-    try:
-        semantic_map: NDArray[Any] = next(maps)
-    except StopIteration:
-        raise ValueError(f"semantic_maps ended before image {index}; there must be one per image") from None
-    return semantic_map
 
 
 def _group_means(values: FloatArray, split: ClassSplit) -> GroupMeans:

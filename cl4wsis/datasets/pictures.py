@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from cl4wsis.datasets.problems import raise_problems
 from cl4wsis.errors import DataError
 from cl4wsis.images import read_image
+from cl4wsis.instances import Instances
 
 VOID_ID = -1
 """Id of pixels that are neither an instance nor background."""
@@ -149,6 +150,10 @@ class EvaluationSample:
     image: NDArray[np.uint8]
     instance_ids: NDArray[np.int32]
     labels: NDArray[np.int32]
+
+    def true_instances(self) -> Instances:
+        """Return the objects in the form of predictions, with score 1."""
+        return Instances.from_ids(self.instance_ids, self.labels, np.ones(len(self.labels), np.float32))
 
 
 class EvaluationSet(Sequence[EvaluationSample]):

@@ -2,13 +2,10 @@
 
 from collections.abc import Callable
 
-import numpy as np
-
 from cl4wsis.bundle import Manifest
 from cl4wsis.datasets import load_evaluation_set
 from cl4wsis.errors import BundleError
-from cl4wsis.instances import Instances
-from cl4wsis.metrics import EvaluationReport, evaluate_predictions
+from cl4wsis.metrics import Evaluation, EvaluationReport
 from cl4wsis.tasks import ClassSplit, Plan
 from cl4wsis_serve.predictor import Predictor
 
@@ -32,18 +29,14 @@ def evaluate_predictor(
     """
     split = check_plan(predictor.manifest, plan)
     samples = load_evaluation_set(plan, split.step)
-    predictions: list[Instances] = []
-    ground_truths: list[Instances] = []
+    evaluation = Evaluation(split)
     for start in range(0, len(samples), _BATCH_SIZE):
         batch = [samples[index] for index in range(start, min(start + _BATCH_SIZE, len(samples)))]
-        predictions += predictor.predict_batch([sample.image for sample in batch])
-        ground_truths += [
-            Instances.from_ids(sample.instance_ids, sample.labels, np.ones(len(sample.labels), np.float32))
-            for sample in batch
-        ]
+        for sample, found in zip(batch, predictor.predict_batch([s.image for s in batch]), strict=True):
+            evaluation.add(found, sample.true_instances())
         if progress is not None:
-            progress(len(predictions), len(samples))
-    return evaluate_predictions(predictions, ground_truths, split)
+            progress(len(evaluation), len(samples))
+    return evaluation.report()
 
 
 def check_plan(manifest: Manifest, plan: Plan) -> ClassSplit:

@@ -1,4 +1,6 @@
+import gc
 import json
+import weakref
 
 import numpy as np
 import pytest
@@ -10,10 +12,10 @@ from cl4wsis.instances import Instances
 from cl4wsis.metrics import (
     THRESHOLDS_9,
     THRESHOLDS_10,
+    Evaluation,
     EvaluationReport,
     coco_average_precision,
     confusion_matrix,
-    evaluate_predictions,
     forgetting,
     mean_iou,
     overlap_matrix,
@@ -27,6 +29,14 @@ def row(text, labels, scores=None):
     """One-row image from digits; the scores of ground truth do not matter."""
     ids = np.array([[int(digit) for digit in text]], np.int32)
     return Instances.from_ids(ids, labels, np.ones(len(labels)) if scores is None else scores)
+
+
+def evaluated(predictions, ground_truths, split, semantic_maps=None):
+    evaluation = Evaluation(split)
+    predictions = list(predictions)
+    for images in zip(predictions, ground_truths, semantic_maps or [None] * len(predictions), strict=True):
+        evaluation.add(*images)
+    return evaluation.report()
 
 
 def ap50(predictions, ground_truths, num_classes=1):
@@ -216,8 +226,8 @@ def test_overlap_matrix():
 
 
 def test_confusion_matrix_counts_targets_by_row():
-    target = np.array([[0, 1, 1, 2, 255]])
-    found = confusion_matrix(np.array([[0, 1, 2, 2, 2]]), target, 2)
+    target = np.array([[0, 1, 1, 2]])
+    found = confusion_matrix(np.array([[0, 1, 2, 2]]), target, 2)
     np.testing.assert_array_equal(found, [[1, 0, 0], [0, 1, 1], [0, 0, 1]])
 
 
@@ -246,7 +256,7 @@ STEP_1 = ClassSplit(step=1, old_names=("bear", "tiger"), new_names=("deer",))
 
 def test_report_groups_old_and_new_classes():
     truth = [row("1122330000", [0, 1, 2])]
-    report = evaluate_predictions([row("1100330000", [0, 0, 2])], truth, STEP_1)
+    report = evaluated([row("1100330000", [0, 0, 2])], truth, STEP_1)
     assert [entry.name for entry in report.classes] == ["bear", "tiger", "deer"]
     assert [entry.ap50 for entry in report.classes] == [1, 0, 1]
     assert (report.ap50.old, report.ap50.new) == (0.5, 1)
@@ -262,7 +272,7 @@ def test_report_groups_old_and_new_classes():
 def test_nine_and_ten_thresholds_differ_only_in_the_last():
     truth = [row("1" * 37 + "0" * 3, [0])]
     prediction = [row("1" * 34 + "0" * 6, [0])]  # IoU 34 / 37 = 0.919
-    report = evaluate_predictions(prediction, truth, ClassSplit(step=0, old_names=(), new_names=("bear",)))
+    report = evaluated(prediction, truth, ClassSplit(step=0, old_names=(), new_names=("bear",)))
     assert report.ap9.all == 1
     assert report.ap.all == pytest.approx(0.9)
     assert report.coco_ap.all == pytest.approx(0.9)
@@ -270,16 +280,31 @@ def test_nine_and_ten_thresholds_differ_only_in_the_last():
 
 def test_report_takes_the_networks_own_class_map():
     truth = [row("1122", [0, 2])]
-    report = evaluate_predictions([row("0000", [])], truth, STEP_1, [np.array([[1, 1, 3, 0]], np.uint8)])
+    report = evaluated([row("0000", [])], truth, STEP_1, [np.array([[1, 1, 3, 0]], np.uint8)])
     assert [entry.iou for entry in report.classes] == [1, None, 0.5]
     assert report.ap50.all == 0
-    with pytest.raises(ValueError, match="semantic_maps ended before image 1"):
-        evaluate_predictions([truth[0]] * 2, truth * 2, STEP_1, [np.zeros((1, 4), np.uint8)])
+
+
+def test_evaluation_keeps_no_maps():
+    evaluation = Evaluation(STEP_1)
+    images = row("1122", [0, 2]), row("1120", [0, 1]), np.zeros((1, 4), np.uint8)
+    maps = [weakref.ref(image) for image in images]
+    evaluation.add(*images)
+    del images
+    gc.collect()
+    assert [found() for found in maps] == [None] * 3
+    assert len(evaluation) == evaluation.report().num_images == 1
+
+
+def test_more_classes_than_a_byte_holds():
+    split = ClassSplit(step=0, old_names=(), new_names=tuple(str(label) for label in range(300)))
+    report = evaluated([row("1122", [254, 299])], [row("1122", [254, 299])], split)
+    assert report.classes[254].iou == report.classes[299].iou == 1
 
 
 def test_report_survives_json_and_step_0_has_no_old_classes():
     base = ClassSplit(step=0, old_names=(), new_names=("bear", "tiger"))
-    report = evaluate_predictions([row("11", [0])], [row("11", [0])], base)
+    report = evaluated([row("11", [0])], [row("11", [0])], base)
     assert report.ap50.old is None
     assert report.classes[1].ap50 is None
     assert EvaluationReport.model_validate_json(report.model_dump_json()) == report
@@ -288,7 +313,7 @@ def test_report_survives_json_and_step_0_has_no_old_classes():
 
 def test_report_agrees_with_its_parts():
     predictions, truths = drawn_set(5, num_images=6)
-    report = evaluate_predictions(iter(predictions), iter(truths), STEP_1)
+    report = evaluated(iter(predictions), iter(truths), STEP_1)
     voc = voc_average_precision(predictions, truths, 3)
     np.testing.assert_allclose([entry.ap for entry in report.classes], voc.mean(axis=1))
     coco = coco_average_precision(predictions, truths, 3)
@@ -305,7 +330,7 @@ def test_forgetting_counts_from_the_step_that_introduced_a_class():
     right = row("1122", [0, 1])
     truths = [[row("1100", [0])], [right], [right]]
     predictions = [[row("1100", [0])], [right], [row("0022", [0, 1])]]
-    reports = {s: evaluate_predictions(predictions[s], truths[s], splits[s]) for s in range(3)}
+    reports = {s: evaluated(predictions[s], truths[s], splits[s]) for s in range(3)}
     found = forgetting(reports)
     assert (found.step, found.classes, found.mean) == (2, {"a": 1.0, "b": 0.0}, 0.5)
     assert forgetting({0: reports[0]}).mean is None

@@ -18,10 +18,10 @@ from cl4wsis.datasets import EvaluationSample, load_evaluation_set
 from cl4wsis.geometry import FitTransform
 from cl4wsis.grouping import GroupingSpec
 from cl4wsis.instances import Instances
-from cl4wsis.metrics import EvaluationReport, evaluate_predictions
+from cl4wsis.metrics import Evaluation, EvaluationReport
 from cl4wsis.tasks import Plan
 from cl4wsis_train.data.targets import pixel_points, render_center_heatmap, semantic_target_from_ids
-from cl4wsis_train.evaluate import restored_groups, run_network, sample_batches, true_instances
+from cl4wsis_train.evaluate import restored_groups, run_network, sample_batches
 from cl4wsis_train.models.maps import GroupingMaps, grouping_maps
 from cl4wsis_train.models.network import InstanceSegmenter
 
@@ -55,19 +55,17 @@ def diagnose_network(
         A report for each entry of :data:`SUBSTITUTIONS`.
     """
     samples = load_evaluation_set(plan, step)
-    predictions: dict[str, list[tuple[Instances, NDArray[np.int32]]]] = {name: [] for name in SUBSTITUTIONS}
-    ground_truths: list[Instances] = []
+    evaluations = {name: Evaluation(plan.split(step)) for name in SUBSTITUTIONS}
+    done = 0
     for batch in sample_batches(samples):
+        truths = [sample.true_instances() for sample in batch]
         for name, found in substituted_predictions(network, batch, plan).items():
-            predictions[name] += found
-        ground_truths += [true_instances(sample) for sample in batch]
+            for truth, (instances, semantic_map) in zip(truths, found, strict=True):
+                evaluations[name].add(instances, truth, semantic_map)
+        done += len(batch)
         if progress is not None:
-            progress(len(ground_truths), len(samples))
-    reports = {}
-    for name, found in predictions.items():
-        instances, semantic_maps = zip(*found, strict=True)
-        reports[name] = evaluate_predictions(instances, ground_truths, plan.split(step), semantic_maps=semantic_maps)
-    return reports
+            progress(done, len(samples))
+    return {name: evaluation.report() for name, evaluation in evaluations.items()}
 
 
 @torch.inference_mode()

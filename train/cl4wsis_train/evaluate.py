@@ -16,7 +16,7 @@ from cl4wsis.datasets import EvaluationSample, load_evaluation_set
 from cl4wsis.geometry import FitTransform, fit_image, restore_instances
 from cl4wsis.grouping import GroupingSpec, group_instances
 from cl4wsis.instances import Instances
-from cl4wsis.metrics import EvaluationReport, evaluate_predictions
+from cl4wsis.metrics import Evaluation, EvaluationReport
 from cl4wsis.recipe import Recipe
 from cl4wsis.tasks import Plan
 from cl4wsis_train.models.maps import GroupingMaps, grouping_maps
@@ -37,17 +37,14 @@ def evaluate_network(
         progress: called with the number of images done and of all.
     """
     samples = load_evaluation_set(plan, step)
-    predictions: list[Instances] = []
-    semantic_maps: list[NDArray[np.int32]] = []
-    ground_truths: list[Instances] = []
+    evaluation = Evaluation(plan.split(step))
     for batch in sample_batches(samples):
-        for instances, semantic_map in predict_batch(network, [s.image for s in batch], plan):
-            predictions.append(instances)
-            semantic_maps.append(semantic_map)
-        ground_truths += [true_instances(sample) for sample in batch]
+        answers = predict_batch(network, [sample.image for sample in batch], plan)
+        for sample, (instances, semantic_map) in zip(batch, answers, strict=True):
+            evaluation.add(instances, sample.true_instances(), semantic_map)
         if progress is not None:
-            progress(len(predictions), len(samples))
-    return evaluate_predictions(predictions, ground_truths, plan.split(step), semantic_maps=semantic_maps)
+            progress(len(evaluation), len(samples))
+    return evaluation.report()
 
 
 @torch.inference_mode()
@@ -117,11 +114,6 @@ def restored_groups(
         )
         for probs, heatmap, offsets, class_map, transform in zip(*arrays, classes, transforms, strict=True)
     ]
-
-
-def true_instances(sample: EvaluationSample) -> Instances:
-    """Return the objects of an evaluation image in the form of predictions, with score 1."""
-    return Instances.from_ids(sample.instance_ids, sample.labels, np.ones(len(sample.labels), np.float32))
 
 
 def _group_in_image(
