@@ -9,13 +9,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from lightning_fabric import Fabric
+from lightning_fabric.plugins.precision import MixedPrecision
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny import TINY, tiny_plan
 
 from cl4wsis.errors import RunError
 from cl4wsis.steps import read_step, step_folder, trained_steps
 from cl4wsis_train import trainer
-from cl4wsis_train.checkpoint import load_step, load_tensors, locked_folder
+from cl4wsis_train.checkpoint import load_step, load_tensors, locked_folder, read_progress
 from cl4wsis_train.log import TrainingLog
 from cl4wsis_train.trainer import build_fabric, missing_steps, train_step
 
@@ -106,13 +108,39 @@ def test_interrupted_step_ends_as_if_it_had_not_been(
     assert shown_iterations(tmp_path) == shown_iterations(run)
 
 
-def interrupted_step(run: Path, monkeypatch: pytest.MonkeyPatch, phase: str, epoch: int) -> None:
+def test_scale_of_the_loss_outlives_an_interruption(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In float16 updates are left out until the scale of the loss is low enough."""
+    plan = tiny_plan()
+
+    def half_precision() -> Fabric:
+        precision = MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu"))  # Fabric makes one for GPUs alone
+        return Fabric(accelerator="cpu", devices=1, plugins=precision)
+
+    for name in ("whole", "interrupted"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "step-0").symlink_to(step_folder(run, 0))
+    interrupted_step(tmp_path / "interrupted", monkeypatch, "instance", 1, half_precision())
+    parent = read_step(step_folder(run, 0)).weights_sha256
+    progress = read_progress(tmp_path / "interrupted" / "step-1.partial", plan, 1, parent)
+    assert progress is not None
+    assert progress.loss_scaler["scale"] < 65536
+    hashes = set()
+    for name in ("whole", "interrupted"):
+        folder = train_step(plan, 1, tmp_path / name, fabric=half_precision(), evaluate=False)
+        hashes.add(read_step(folder).weights_sha256)
+    assert len(hashes) == 1
+
+
+def interrupted_step(
+    run: Path, monkeypatch: pytest.MonkeyPatch, phase: str, epoch: int, fabric: Fabric | None = None
+) -> None:
     """Start step 1 and interrupt it in its second iteration of an epoch; every epoch is saved."""
+    plan = tiny_plan()
     monkeypatch.setattr(trainer, "_SECONDS_BETWEEN_SAVES", 0.0)
     original = trainer.set_learning_rate
 
     def interrupt(optimizer, settings, iteration, per_epoch, epochs):  # type: ignore[no-untyped-def]
-        wanted = tiny_plan().recipe.semantic if phase == "semantic" else tiny_plan().recipe.instance
+        wanted = plan.recipe.semantic if phase == "semantic" else plan.recipe.instance
         if settings == wanted.optimizer and iteration == epoch * per_epoch + 1:
             raise KeyboardInterrupt
         original(optimizer, settings, iteration, per_epoch, epochs)
@@ -120,7 +148,7 @@ def interrupted_step(run: Path, monkeypatch: pytest.MonkeyPatch, phase: str, epo
     with monkeypatch.context() as patch:
         patch.setattr(trainer, "set_learning_rate", interrupt)
         with pytest.raises(KeyboardInterrupt):
-            train_step(tiny_plan(), 1, run, fabric=build_fabric(tiny_plan(), "cpu"), evaluate=False)
+            train_step(plan, 1, run, fabric=fabric or build_fabric(plan, "cpu"), evaluate=False)
     assert not step_folder(run, 1).exists()
 
 

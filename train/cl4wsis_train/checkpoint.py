@@ -45,6 +45,8 @@ class Progress(Settings):
     """Optimiser updates of that phase."""
     seconds: dict[str, float]
     """Training time so far, by phase."""
+    loss_scaler: dict[str, float | int]
+    """State of what scales the loss in float16; empty in other precisions."""
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:

@@ -310,6 +310,7 @@ class _StepTraining:
         first_epoch, iteration = 0, 0
         if progress is not None and progress.phase == name:
             restore_progress(self.partial, phase, optimizer)
+            fabric.strategy.precision.load_state_dict(progress.loss_scaler)
             first_epoch, iteration = progress.epochs_done, progress.iteration
         seconds_before, start, last_save = self.seconds.get(name, 0.0), time.monotonic(), time.monotonic()
         per_epoch = len(fabric_loader)
@@ -357,6 +358,7 @@ class _StepTraining:
                 epochs_done=epochs_done,
                 iteration=iteration,
                 seconds=self.seconds,
+                loss_scaler=self.fabric.strategy.precision.state_dict(),
             )
             save_progress(self.partial, progress, phase, optimizer)
         self.fabric.barrier()
