@@ -180,6 +180,16 @@ class SemanticPhase(Settings):
     yielded_share: float = Field(0.0, ge=0, lt=1)
     """Share of the new classes' pixels on training images that fall to other classes when their logits are lowered
     after training. 0 as published: without old images nothing tells new classes from old ones, and they claim both."""
+
+    @model_validator(mode="after")
+    def _check_warmup(self) -> Self:
+        if self.optimizer.warmup_epochs >= self.epochs:
+            raise ValueError(
+                f"epochs must be more than optimizer.warmup_epochs, after which the semantic branch starts to learn; "
+                f"found {self.epochs} and {self.optimizer.warmup_epochs}"
+            )
+        return self
+
     clean_old_targets: bool = False
     """With tags of all seen classes, also remove untagged old classes from the semantic target, as the paper says; in
     the authors' code tags clean the target of the auxiliary decoder alone."""

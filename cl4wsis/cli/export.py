@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from cl4wsis.bundle import Manifest
     from cl4wsis.cli.derive import EngineOptions
     from cl4wsis.steps import StepInfo
+    from cl4wsis.tasks import Plan
 
 
 class PrecisionOption(StrEnum):
@@ -192,8 +193,12 @@ def export(
     note(f"exporting {folder} to {destination}")
     _show_progress()
     lower = set(spec.precisions) - {"float32"}
-    images = _evaluation_images(info, max(spec.verification_images, spec.precision_images if lower else 0))
-    calibration = _calibration_images(info, spec.calibration_images, spec.seed) if "int8" in lower else None
+    source_plan = plan if config != _DEFAULT_PLAN else info.plan  # the plan that is named says where its images lie now
+    count = max(spec.verification_images, spec.precision_images if lower else 0)
+    images = _evaluation_images(source_plan, info.step, count)
+    calibration = None
+    if "int8" in lower:
+        calibration = _calibration_images(source_plan, info.step, spec.calibration_images, spec.seed)
     path = export_step(folder, destination, spec, images, calibration)
     derived = [] if format is ExportFormat.ONNX else _derive(path, format, out, precision, options)
     manifest = open_bundle(path).manifest
@@ -295,14 +300,14 @@ def _find_step(run: Path, step: int | None, variant: str) -> Path:
     return step_folder(run, steps[-1] if step is None else step, variant)
 
 
-def _evaluation_images(info: "StepInfo", count: int) -> Sequence[Any] | None:
+def _evaluation_images(plan: "Plan", step: int, count: int) -> Sequence[Any] | None:
     """Return the first evaluation images of the plan, or none where they are not at hand: shapes are drawn then."""
     from cl4wsis.cli.console import note
     from cl4wsis.datasets import load_evaluation_set
     from cl4wsis.errors import DataError
 
     try:
-        samples = load_evaluation_set(info.plan, info.step)
+        samples = load_evaluation_set(plan, step)
         return [samples[index].image for index in range(min(count, len(samples)))]
     except DataError as error:
         note(f"verifying on drawn shapes, since the plan's images are not at hand: {error}")
@@ -315,14 +320,14 @@ def _precisions(options: Sequence[PrecisionOption]) -> list[str]:
     return [precision for precision, spelling in PRECISION_OPTIONS.items() if spelling in options]
 
 
-def _calibration_images(info: "StepInfo", count: int, seed: int) -> Sequence[Any] | None:
+def _calibration_images(plan: "Plan", step: int, count: int, seed: int) -> Sequence[Any] | None:
     """Return training images of the plan, balanced over its classes, or none where they are not at hand."""
     from cl4wsis.cli.console import note
     from cl4wsis.errors import DataError
     from cl4wsis_export.calibration import calibration_images
 
     try:
-        return calibration_images(info.plan, info.step, count, seed)
+        return calibration_images(plan, step, count, seed)
     except DataError as error:
         note(f"calibrating on drawn shapes, since the plan's images are not at hand: {error}")
         return None

@@ -5,12 +5,12 @@ counts as much as an old one with many, since the ranges of its activations are 
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
-from cl4wsis.datasets import Picture, load_masked_pictures, load_tagged_pictures
+from cl4wsis.datasets import Picture, learns_from_masks, load_masked_pictures, load_tagged_pictures
 from cl4wsis.errors import DataError
 from cl4wsis.tasks import Plan, ShapesData
 
@@ -27,17 +27,28 @@ def calibration_images(plan: Plan, step: int, count: int, seed: int = 0) -> list
         seed: of the choice.
 
     Returns:
-        (h, w, 3) uint8 RGB each. Images of a step that are not at hand any more are left out, with a message in the
-        log.
+        (h, w, 3) uint8 RGB each. Images that are not at hand any more are left out, with a message in the log.
 
     Raises:
         DataError: no image is at hand.
     """
     pictures = [picture for number in _sources(plan, step) for picture in _list_pictures(plan, number)]
-    chosen = balanced_choice([picture.tags for picture in pictures], plan.split(step).seen_names, count, seed)
-    if not chosen:
-        raise DataError(f"plan '{plan.name}': no training image of its classes is at hand for the calibration")
-    return [pictures[index].read() for index in chosen]
+    order = balanced_order([picture.tags for picture in pictures], plan.split(step).seen_names, seed)
+    images: list[NDArray[np.uint8]] = []
+    problems: list[DataError] = []
+    while len(images) < count and (index := next(order, None)) is not None:
+        try:
+            images.append(pictures[index].read())
+        except DataError as error:
+            problems.append(error)
+    if not images:
+        raise DataError(
+            f"plan '{plan.name}': no training image of its classes is at hand for the calibration"
+            + (f"; {problems[0]}" if problems else "")
+        )
+    if problems:
+        logger.warning("calibrating without %d images that cannot be read: %s", len(problems), problems[0])
+    return images
 
 
 def _sources(plan: Plan, step: int) -> list[int]:
@@ -50,31 +61,35 @@ def _sources(plan: Plan, step: int) -> list[int]:
 
 def _list_pictures(plan: Plan, step: int) -> Sequence[Picture]:
     try:
-        return load_tagged_pictures(plan, step) if step else load_masked_pictures(plan, step)
+        if not learns_from_masks(plan, step):
+            return load_tagged_pictures(plan, step)
+        # With joint training this would list the images of all steps so far, for every one of them.
+        alone = plan.recipe.model_copy(update={"method": "fine-tune"})
+        return load_masked_pictures(plan.model_copy(update={"recipe": alone}), step)
     except DataError as error:
         logger.warning("calibrating without the images of step %d: %s", step, error)
         return ()
 
 
-def balanced_choice(tags: Sequence[frozenset[str]], class_names: Sequence[str], count: int, seed: int) -> list[int]:
-    """Choose images so that each class in turn gets one more, until there are enough.
+def balanced_order(tags: Sequence[frozenset[str]], class_names: Sequence[str], seed: int) -> Iterator[int]:
+    """Order images so that each class in turn gets one more.
 
     Args:
         tags: names of the classes in each image.
         class_names: classes to balance over.
-        count: number of images wanted.
         seed: of the order within a class.
 
-    Returns:
-        Indices of at most ``count`` different images, in the order of their choice.
+    Yields:
+        Indices of different images, until every image that holds one of the classes has come.
     """
-    order = np.random.default_rng(seed).permutation(len(tags))
-    waiting = {name: [int(index) for index in order if name in tags[index]] for name in class_names}
-    chosen: dict[int, None] = {}
-    while len(chosen) < count and any(waiting.values()):
+    order = np.random.default_rng(seed).permutation(len(tags)).tolist()
+    waiting = {name: iter([index for index in order if name in tags[index]]) for name in class_names}
+    chosen: set[int] = set()
+    while waiting:
         for name in class_names:
-            fresh = [index for index in waiting[name] if index not in chosen]
-            waiting[name] = fresh[1:]
-            if fresh and len(chosen) < count:
-                chosen[fresh[0]] = None
-    return list(chosen)
+            index = next((index for index in waiting.get(name, ()) if index not in chosen), None)
+            if index is None:
+                waiting.pop(name, None)
+                continue
+            chosen.add(index)
+            yield index

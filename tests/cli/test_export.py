@@ -20,6 +20,7 @@ from cl4wsis.cli.export import export
 from cl4wsis.errors import BackendError, BundleError, ConfigError, RunError
 from cl4wsis.steps import WEIGHTS_FILE, ClassInfo, InputRule, StepInfo, file_sha256, step_folder, write_step_info
 from cl4wsis.tasks import class_color
+from cl4wsis_export import pack
 from cl4wsis_train.models.network import InstanceSegmenter
 
 
@@ -98,6 +99,33 @@ def test_step_of_another_plan_is_refused(run: Path, tmp_path: Path) -> None:
         assert isinstance(answer.exception, error)
         with pytest.raises(error, match=message):
             raise answer.exception
+
+
+def test_images_are_sought_where_the_named_plan_has_them(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pack, "export_step", stop)
+    plan = tmp_path / "moved.toml"
+    old = '{images = "old", instances = "old.json"}'
+    plan.write_text(
+        f"""
+        name = "shapes"
+        steps = {json.dumps(tiny_plan().steps)}
+        [data]
+        kind = "coco"
+        root = "{tmp_path}/now"
+        train = {old}
+        val = {old}
+        steps.1 = {{images = "new", tags = "t.json"}}
+        """
+    )
+    answer = call("--run", run, "--config", plan, "--precision", "int8")
+    for purpose in ("verifying", "calibrating"):
+        assert f"{purpose} on drawn shapes, since the plan's images are not at hand" in answer.stderr
+    assert str(tmp_path / "now" / "old.json") in answer.stderr
 
 
 @pytest.mark.parametrize(

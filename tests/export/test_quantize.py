@@ -1,17 +1,22 @@
 """INT8 by real quantisation: what becomes int8, what stays, and how far the answers move."""
 
+import json
+import shutil
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
+from layouts import Split, write_coco
 
-from cl4wsis.errors import BundleError
+from cl4wsis.errors import BundleError, DataError
 from cl4wsis.steps import StepInfo
+from cl4wsis.tasks import Plan
 from cl4wsis_export import quantize
 from cl4wsis_export.borders import network_graph
-from cl4wsis_export.calibration import balanced_choice, calibration_images
+from cl4wsis_export.calibration import balanced_order, calibration_images
 from cl4wsis_export.fused import MAP_NAMES
 from cl4wsis_export.graph import serialize
 from cl4wsis_export.passes import TidyPass
@@ -166,14 +171,14 @@ def test_frames_are_known_by_their_pixels(frames: np.ndarray) -> None:
 
 def test_rare_classes_are_chosen_as_often_as_frequent_ones() -> None:
     tags = [frozenset({"cat"})] * 50 + [frozenset({"dog"})] * 3 + [frozenset({"cow", "dog"})] * 3 + [frozenset({"emu"})]
-    chosen = balanced_choice(tags, ["cat", "dog", "cow"], 12, seed=0)
+    chosen = list(islice(balanced_order(tags, ["cat", "dog", "cow"], seed=0), 12))
     assert len(chosen) == len(set(chosen)) == 12
     names = [tags[index] for index in chosen]
     assert sum("cat" in image for image in names) == 6  # dog and cow have six images in all
     assert sum("cow" in image for image in names) == 3
     assert not any("emu" in image for image in names)
-    assert balanced_choice(tags, ["cat", "dog", "cow"], 12, seed=0) == chosen
-    assert len(balanced_choice(tags, ["dog"], 99, seed=0)) == 6
+    assert list(islice(balanced_order(tags, ["cat", "dog", "cow"], seed=0), 12)) == chosen
+    assert len(list(balanced_order(tags, ["dog"], seed=0))) == 6
 
 
 def test_calibration_images_come_from_all_steps(step_info: StepInfo) -> None:
@@ -181,3 +186,37 @@ def test_calibration_images_come_from_all_steps(step_info: StepInfo) -> None:
     assert len(images) == 6
     assert {image.dtype for image in images} == {np.dtype(np.uint8)}
     assert len({image.tobytes() for image in images}) == 6
+
+
+@pytest.mark.parametrize("method", ["cl4wsis", "fine-tune", "joint"])
+def test_calibration_goes_without_images_that_are_gone(
+    tmp_path: Path, method: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Old images may not be kept; a supervised baseline has masks and no tags."""
+    classes = {1: "cat", 2: "dog"}
+    for folder, name in (("old", "cat"), ("new", "dog")):
+        pictures: Split = {f"{name}{i}": [(name, (0, 0, 20, 20))] for i in range(4)}
+        write_coco(tmp_path / folder, tmp_path / f"{folder}.json", pictures, classes)
+    tags = tmp_path / "tags.json"
+    tags.write_text(json.dumps({f"dog{i}.jpg": ["dog"] for i in range(4)}))
+    later = {"images": "new", **({"tags": "tags.json"} if method == "cl4wsis" else {"instances": "new.json"})}
+    old = {"images": "old", "instances": "old.json"}
+    plan = Plan.model_validate(
+        {
+            "name": "pets",
+            "steps": [["cat"], ["dog"]],
+            "recipe": {"method": method},
+            "data": {"kind": "coco", "root": str(tmp_path), "train": old, "steps": {"1": later}, "val": old},
+        }
+    )
+    assert len(calibration_images(plan, 1, 8)) == 8
+    for path in [*(tmp_path / "old").iterdir()][:3]:
+        path.unlink()
+    assert len(calibration_images(plan, 1, 8)) == 5
+    assert "calibrating without 3 images that cannot be read" in caplog.text
+    (tmp_path / "old.json").unlink()
+    assert len(calibration_images(plan, 1, 8)) == 4
+    assert "calibrating without the images of step 0" in caplog.text
+    shutil.rmtree(tmp_path / "new")
+    with pytest.raises(DataError, match="no training image of its classes is at hand"):
+        calibration_images(plan, 1, 8)
