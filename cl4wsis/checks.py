@@ -1,5 +1,10 @@
-"""How far a variant of a bundle may be from the float32 graph, and how far it was found to be."""
+"""How far a variant of a bundle may be from the float32 graph, and how far it was found to be.
 
+Shares are found on few instances sometimes: of 33, a single one that is not matched makes 97 % impossible. So a share
+may miss its limit by two standard errors, ``2 * sqrt(limit * (1 - limit) / instances)``; a limit of 0 or 1 is strict.
+"""
+
+import math
 from collections.abc import Mapping
 
 from pydantic import Field
@@ -11,10 +16,11 @@ class Limits(Settings):
     """What a variant must keep to on the images it is verified with; ``None`` is no limit."""
 
     golden_pixels: float | None = Field(None, ge=0, le=1)
-    """Largest :attr:`Agreement.differing_pixels` of the golden images."""
+    """Largest :attr:`Agreement.differing_pixels` of the golden images, whatever their number of instances."""
     differing_pixels: float | None = Field(None, ge=0, le=1)
+    """Largest :attr:`Agreement.differing_pixels`, but for two standard errors."""
     matched: float | None = Field(None, ge=0, le=1)
-    """Smallest :attr:`Agreement.matched`."""
+    """Smallest :attr:`Agreement.matched`, but for two standard errors."""
     mask_iou: float | None = Field(None, ge=0, le=1)
     """Smallest :attr:`Agreement.mask_iou`."""
     score_error: float | None = Field(None, ge=0)
@@ -40,6 +46,39 @@ class Agreement(Settings):
     """Mean mask IoU of matched instances; 1 if there are none."""
     score_error: float
     """Largest difference of the scores of matched instances."""
+
+
+def beyond_limits(limits: Limits, found: Agreement) -> list[str]:
+    """Say in words with figures what is beyond the limits; those of golden images and of AP are not looked at."""
+    problems = []
+    if limits.differing_pixels is not None:
+        largest = limits.differing_pixels + _two_errors(limits.differing_pixels, found.instances)
+        if found.differing_pixels > largest:
+            problems.append(
+                f"{found.differing_pixels:.2%} of the foreground belongs to another instance than with float32 "
+                f"({_stated(limits.differing_pixels, largest, found.instances)})"
+            )
+    if limits.matched is not None:
+        smallest = limits.matched - _two_errors(limits.matched, found.instances)
+        if found.matched < smallest:
+            problems.append(
+                f"{found.matched:.2%} of the instances are matched "
+                f"({_stated(limits.matched, smallest, found.instances)})"
+            )
+    if limits.mask_iou is not None and found.mask_iou < limits.mask_iou:
+        problems.append(f"the mean mask IoU is {found.mask_iou:.3f} (limit {limits.mask_iou:.3f})")
+    if limits.score_error is not None and found.score_error > limits.score_error:
+        problems.append(f"scores differ by up to {found.score_error:.2g} (limit {limits.score_error:.2g})")
+    return problems
+
+
+def _two_errors(share: float, instances: int) -> float:
+    return 2 * math.sqrt(share * (1 - share) / max(instances, 1))
+
+
+def _stated(limit: float, judged: float, instances: int) -> str:
+    """Write a limit, and what is left of it for so few instances."""
+    return f"limit {limit:.2%}" + ("" if judged == limit else f", for {instances} instances {judged:.2%}")
 
 
 class GroupValues(Settings):

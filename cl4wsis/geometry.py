@@ -133,15 +133,22 @@ def fit_image(
     return transform.fit_image(image, pad_value), transform
 
 
-def restore_instances(instances: Instances, transform: FitTransform) -> Instances:
+def restore_instances(instances: Instances, transform: FitTransform, min_area: int = 0) -> Instances:
     """Bring instances found in the frame back to source pixels.
 
-    Instances of which no pixel is left (tiny ones, or those in the padding) are dropped; boxes are measured anew.
+    Instances of which no pixel is left are dropped, and those of which the frame shows fewer than ``min_area`` pixels
+    outside the padding: the grouping, which knows of no padding, would have dropped them. Boxes are measured anew.
 
     Args:
         instances: in pixels of the frame.
         transform: that of the image.
+        min_area: of the grouping, pixels of the frame.
     """
+    height, width = transform.content_size
+    ids = instances.instance_ids
+    if ids[height:].any() or ids[:height, width:].any():
+        shown = np.bincount(ids[:height, :width].reshape(-1), minlength=len(instances) + 1)[1:]
+        instances = instances.select(shown >= min_area)
     restored = Instances.from_ids(transform.restore_ids(instances.instance_ids), instances.labels, instances.scores)
     visible = restored.boxes[:, 2] > 0
     return restored if visible.all() else restored.select(visible)

@@ -9,6 +9,7 @@ from cl4wsis.cli.options import (
     AllowFallbackOption,
     BackendOption,
     ConfigOption,
+    DeviceOption,
     JsonOption,
     MethodOption,
     PostChoice,
@@ -20,6 +21,7 @@ from cl4wsis.cli.options import (
     Runtime,
     SetOption,
     ThreadsOption,
+    launch_fabric,
     load_chosen_plan,
 )
 
@@ -46,24 +48,29 @@ def evaluate(
     post: PostOption = PostChoice.AUTO,
     allow_fallback: AllowFallbackOption = False,
     threads: ThreadsOption = None,
+    device: DeviceOption = "auto",
     as_json: JsonOption = False,
 ) -> None:
     """Measure AP and IoU per class on the plan's evaluation images; a bundle needs no torch."""
     from cl4wsis.cli.console import print_json
     from cl4wsis.cli.predict import newest_bundle
     from cl4wsis.cli.report import print_report
+    from cl4wsis.steps import step_folder
 
     plan = load_chosen_plan(config, settings, preset, method)
     folder = run or Path("runs") / plan.name
     runtime = Runtime(backend, precision, post, threads, allow_fallback)
     if step is None:
-        path = bundle or newest_bundle(folder)
+        if device != "auto":
+            raise typer.BadParameter("--device: for --step; a bundle runs on what --backend says")
+        # Other presets and methods have bundles of their own in folders below.
+        path = bundle or newest_bundle(step_folder(folder, plan.num_steps - 1, plan.recipe.variant).parent, below=False)
         report, title = evaluate_bundle(path, plan, runtime), str(path)
     elif bundle is not None:
         raise typer.BadParameter("give --bundle or --step, not both")
     else:
         _refuse_runtime(runtime)
-        report, title = _evaluate_step(plan, step, folder), f"step {step} of {plan.name}"
+        report, title = _evaluate_step(plan, step, folder, device), f"step {step} of {plan.name}"
     if as_json:
         print_json(report.model_dump(mode="json"))
     else:
@@ -90,7 +97,7 @@ def _refuse_runtime(runtime: Runtime) -> None:
         raise typer.BadParameter(f"{options}: for the evaluation of a bundle, not for --step")
 
 
-def _evaluate_step(plan: "Plan", step: int, run: Path) -> "EvaluationReport":
+def _evaluate_step(plan: "Plan", step: int, run: Path, device: str) -> "EvaluationReport":
     from cl4wsis.cli.console import progress_bar
     from cl4wsis.errors import require
     from cl4wsis.steps import read_plan_step, step_folder
@@ -101,6 +108,7 @@ def _evaluate_step(plan: "Plan", step: int, run: Path) -> "EvaluationReport":
     from cl4wsis_train.evaluate import evaluate_network
 
     network, _ = load_step(step_folder(run, step, plan.recipe.variant))
+    network.to(launch_fabric(plan, device).device)
     with progress_bar() as bar:
         task = bar.add_task("evaluate", total=None)
         return evaluate_network(network, plan, step, lambda done, total: bar.update(task, completed=done, total=total))

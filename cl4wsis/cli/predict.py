@@ -1,5 +1,6 @@
 """``cl4wsis predict``: instances of image files, written as id maps, COCO RLE and overlays."""
 
+import json
 import time
 from contextlib import ExitStack
 from pathlib import Path
@@ -112,8 +113,12 @@ def predict_sources(
     return {"bundle": str(bundle), **chosen, "out": str(out), **summary}
 
 
-def newest_bundle(folder: Path) -> Path:
-    """Return the bundle that was exported last anywhere under a folder.
+def newest_bundle(folder: Path, below: bool = True) -> Path:
+    """Return the bundle that was exported last; what was added to another one since does not count.
+
+    Args:
+        folder: that holds it.
+        below: whether to look in all folders below it as well.
 
     Raises:
         BundleError: there is none.
@@ -121,10 +126,19 @@ def newest_bundle(folder: Path) -> Path:
     from cl4wsis.bundle import MANIFEST_FILE
     from cl4wsis.errors import BundleError
 
-    manifests = list(folder.glob(f"**/*.cl4wsis/{MANIFEST_FILE}"))
+    manifests = list(folder.glob(f"{'**/' if below else ''}*.cl4wsis/{MANIFEST_FILE}"))
     if not manifests:
         raise BundleError(f"{folder}/ holds no bundle; run 'cl4wsis export' first, or give one with --bundle")
-    return max(manifests, key=lambda manifest: manifest.stat().st_mtime).parent
+    return max(manifests, key=_exported).parent
+
+
+def _exported(manifest: Path) -> tuple[str, int]:
+    """Return when a bundle was exported, and its step; a manifest that cannot be read counts as the oldest."""
+    try:
+        content = json.loads(manifest.read_bytes())
+        return str(content["created"]), int(content["step"])
+    except (OSError, ValueError, TypeError, KeyError):
+        return "", -1
 
 
 def _parse_formats(save: str) -> list[str]:

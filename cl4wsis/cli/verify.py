@@ -52,7 +52,7 @@ def verify(
     from cl4wsis.bundle import open_bundle
     from cl4wsis.cli.console import note, print_json, progress_bar
     from cl4wsis.cli.predict import newest_bundle
-    from cl4wsis.errors import BackendError
+    from cl4wsis.errors import BackendError, BundleError
     from cl4wsis_serve.verify import choose, store_checks, verify_bundle
 
     opened = open_bundle(bundle or newest_bundle(Path("runs")))
@@ -73,8 +73,11 @@ def verify(
     for what, reason in (*skipped, *result.skipped):
         note(f"skipped: {what}: {reason}")
     if save and opened.path.is_dir():
-        store_checks(opened, result.checks)
-        note(f"the result is stored in {opened.path}")
+        try:
+            store_checks(opened, result.checks)
+            note(f"the result is stored in {opened.path}")
+        except BundleError as error:
+            note(f"the result is not stored: {error}")
     if as_json:
         print_json(_as_json(opened, image_set, result, [*skipped, *result.skipped]))
     else:

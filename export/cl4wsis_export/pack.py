@@ -27,6 +27,7 @@ from cl4wsis.bundle import (
     write_bundle,
 )
 from cl4wsis.checks import DEFAULT_LIMITS
+from cl4wsis.errors import BundleError
 from cl4wsis.steps import StepInfo
 from cl4wsis_export.borders import grouping_tail, network_graph
 from cl4wsis_export.engines import EngineSpec
@@ -78,8 +79,8 @@ def export_step(
     Raises:
         RunError: the folder is no complete step.
         ConfigError: the grouping profile cannot be a graph.
-        BundleError: the graph cannot be exported or disagrees with the network, or a lower precision is too far from
-            it; nothing is written then.
+        BundleError: the graph cannot be exported or disagrees with the network, and nothing is written; or a lower
+            precision is too far from it, and the bundle is written without that.
         MissingExtraError: ONNX Runtime, or TensorRT-RTX when engines are wanted, is not installed.
     """
     network, info = load_step(step_folder)
@@ -110,7 +111,8 @@ def export_network(
     verify_host(pair.files(), pair.host.file, tail, frames[:_HOST_IMAGES], outputs[:_HOST_IMAGES])
     count = min(spec.golden_images, len(frames))
     cases, files = _golden_files(frames[:count], outputs[:count])
-    pairs = [pair, *_lower_pairs(model, manifest, pair, info, spec, images, calibration)]
+    lower, refused = _lower_pairs(model, manifest, pair, info, spec, images, calibration)
+    pairs = [pair, *lower]
     for written in pairs:
         files.update(written.files())
     engines: tuple[EngineInfo, ...] = ()
@@ -128,7 +130,10 @@ def export_network(
     complete = manifest.model_copy(update=known)
     files[LABELS_FILE] = "".join(f"{info.name}\n" for info in manifest.classes).encode()
     files[CARD_FILE] = _card(complete, verification).encode()
-    return write_bundle(destination, complete, files)
+    path = write_bundle(destination, complete, files)
+    if refused:
+        raise BundleError(f"{destination} is written without {' and '.join(refused)}: {'; '.join(refused.values())}")
+    return path
 
 
 def _lower_pairs(
@@ -139,26 +144,31 @@ def _lower_pairs(
     spec: ExportSpec,
     images: Sequence[NDArray[np.uint8]] | None,
     calibration: Sequence[NDArray[np.uint8]] | None,
-) -> list[GraphPair]:
-    """Make and verify the graphs of lower precision that were asked for."""
+) -> tuple[list[GraphPair], dict[str, str]]:
+    """Make and verify the graphs of lower precision that were asked for; say why those left out are refused."""
     precisions = [
         precision for precision in PRECISION_OPTIONS if precision in spec.precisions and precision != "float32"
     ]
     if not precisions:
-        return []
+        return [], {}
     frames = verification_frames(info.input, spec.precision_images, spec.seed, images)
     expected = run_frames(open_session(truth.graph_content), frames)
     tail = serialize(grouping_tail(model))
-    pairs = []
+    pairs: list[GraphPair] = []
+    refused: dict[str, str] = {}
     for precision in precisions:
         ranges = _calibration_frames(info, spec, calibration) if precision == "int8" else frames
         logger.info("making the %s graph, verifying it on %d images", precision, len(frames))
         pair = lower_pair(model, manifest, precision, truth.graph, ranges)
         limits = spec.limits.get(precision, DEFAULT_LIMITS[precision])
-        agreement, outputs = verify_precision(pair.graph_content, frames, expected, precision, limits)
+        try:
+            agreement, outputs = verify_precision(pair.graph_content, frames, expected, precision, limits)
+        except BundleError as error:
+            refused[precision] = str(error)
+            continue
         verify_host(pair.files(), pair.host.file, tail, frames[:_HOST_IMAGES], outputs[:_HOST_IMAGES])
         pairs.append(pair.with_agreement(agreement))
-    return pairs
+    return pairs, refused
 
 
 def _calibration_frames(

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from cl4wsis.agreement import AgreementCounter
 from cl4wsis.bundle import Precision, Verification
-from cl4wsis.checks import Agreement, Limits
+from cl4wsis.checks import Agreement, Limits, beyond_limits
 from cl4wsis.errors import BundleError, require
 from cl4wsis.grouping import group_instances
 from cl4wsis.instances import Instances
@@ -144,7 +144,7 @@ def verify_precision(
             f"the {precision} graph answers differently in a batch: {in_batch:.2%} of the foreground belongs to "
             f"another instance (limit {limit:.2%})"
         )
-    problems = _beyond(agreement, limits)
+    problems = beyond_limits(limits, agreement)
     if problems:
         raise BundleError(
             f"the {precision} graph is too far from the float32 graph: on {agreement.images} images with "
@@ -268,23 +268,6 @@ def _compare_ids(answers: Sequence[Outputs], expected: Sequence[Outputs], what: 
     shares = [float((a["instance_ids"] != b["instance_ids"]).mean()) for a, b in zip(answers, expected, strict=False)]
     if max(shares) > MAX_DIFFERING_PIXELS:
         raise BundleError(f"{what}: on up to {max(shares):.3%} of an image's pixels (limit {MAX_DIFFERING_PIXELS:.1%})")
-
-
-def _beyond(agreement: Agreement, limits: Limits) -> list[str]:
-    """Say what is beyond the limits."""
-    problems = []
-    if limits.differing_pixels is not None and agreement.differing_pixels > limits.differing_pixels:
-        problems.append(
-            f"{agreement.differing_pixels:.1%} of the foreground belongs to another instance "
-            f"(limit {limits.differing_pixels:.1%})"
-        )
-    if limits.matched is not None and agreement.matched < limits.matched:
-        problems.append(f"{agreement.matched:.1%} of the instances are found by both (limit {limits.matched:.1%})")
-    if limits.mask_iou is not None and agreement.mask_iou < limits.mask_iou:
-        problems.append(f"their masks have a mean IoU of {agreement.mask_iou:.3f} (limit {limits.mask_iou:g})")
-    if limits.score_error is not None and agreement.score_error > limits.score_error:
-        problems.append(f"scores differ by up to {agreement.score_error:.2g} (limit {limits.score_error:g})")
-    return problems
 
 
 def _judge(result: Verification) -> None:

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
+from threading import Lock
 from typing import Literal, TypeVar
 
 import numpy as np
@@ -32,7 +33,7 @@ _Prepared = tuple[Image, FitTransform] | Cl4wsisError
 
 
 class Predictor:
-    """A model that is ready to answer.
+    """A model that is ready to answer. Threads may share it; they take turns.
 
     Args:
         manifest: classes, input rule and outputs of the graph.
@@ -55,6 +56,7 @@ class Predictor:
         self.skipped = skipped or {}
         self.precision = precision
         self.post = post
+        self._turn = Lock()
 
     @classmethod
     def open(
@@ -180,14 +182,18 @@ class Predictor:
             yield source, prepared if isinstance(prepared, Cl4wsisError) else next(answers)
 
     def _run(self, frames: Image, transforms: Sequence[FitTransform]) -> list[Instances]:
-        outputs = self.backend.run(frames)
-        if self.post == "graph":
-            check_outputs(outputs, len(frames), self.manifest.input.size, len(self.classes))
-            found = [_instances_of(outputs, row) for row in range(len(frames))]
-        else:
-            check_maps(outputs, len(frames), len(self.classes))
-            found = [self._group(outputs, row) for row in range(len(frames))]
-        return [restore_instances(slots, transform) for slots, transform in zip(found, transforms, strict=True)]
+        with self._turn:  # outputs are valid until the backend runs again
+            outputs = self.backend.run(frames)
+            if self.post == "graph":
+                check_outputs(outputs, len(frames), self.manifest.input.size, len(self.classes))
+                found = [_instances_of(outputs, row) for row in range(len(frames))]
+            else:
+                check_maps(outputs, len(frames), len(self.classes))
+                found = [self._group(outputs, row) for row in range(len(frames))]
+        min_area = self.manifest.grouping.min_area
+        return [
+            restore_instances(slots, transform, min_area) for slots, transform in zip(found, transforms, strict=True)
+        ]
 
     def _group(self, outputs: Outputs, row: int) -> Instances:
         """Group one image's maps here."""

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from cl4wsis import __version__
 from cl4wsis.agreement import AgreementCounter
 from cl4wsis.bundle import Bundle, Post, Precision, VariantInfo, open_bundle, update_manifest
-from cl4wsis.checks import Agreement, GroupValues, Limits, VariantCheck
+from cl4wsis.checks import Agreement, GroupValues, Limits, VariantCheck, beyond_limits
 from cl4wsis.datasets import load_evaluation_set
 from cl4wsis.errors import BackendError
 from cl4wsis.images import read_image
@@ -357,7 +357,7 @@ def find_problems(
             f"(limit {limits.golden_pixels:.2%})"
         )
     if agreement is not None:
-        problems += _agreement_problems(limits, agreement)
+        problems += beyond_limits(limits, agreement)
     if ap50 is not None and reference_ap50 is not None:
         for group in ("old", "new", "all"):
             found, expected = getattr(ap50, group), getattr(reference_ap50, group)
@@ -366,21 +366,6 @@ def find_problems(
                     f"AP50 of {group} classes falls by {100 * (expected - found):.2f} points "
                     f"(limit {100 * (limits.ap50_drop or 0):.2f})"
                 )
-    return problems
-
-
-def _agreement_problems(limits: Limits, found: Agreement) -> list[str]:
-    problems = []
-    if _exceeds(found.differing_pixels, limits.differing_pixels):
-        problems.append(
-            f"{found.differing_pixels:.2%} of the foreground differ from float32 (limit {limits.differing_pixels:.2%})"
-        )
-    if limits.matched is not None and found.matched < limits.matched:
-        problems.append(f"{found.matched:.2%} of the instances are matched (limit {limits.matched:.2%})")
-    if limits.mask_iou is not None and found.mask_iou < limits.mask_iou:
-        problems.append(f"the mean mask IoU is {found.mask_iou:.3f} (limit {limits.mask_iou:.3f})")
-    if _exceeds(found.score_error, limits.score_error):
-        problems.append(f"scores differ by up to {found.score_error:.2g} (limit {limits.score_error:.2g})")
     return problems
 
 

@@ -174,9 +174,13 @@ def test_self_test_lets_a_sound_model_pass_and_refuses_others(folder: Path) -> N
 
 
 def test_newest_bundle_wins(folder: Path) -> None:
-    newer = write_color_bundle(folder / "runs" / "other" / "newer.cl4wsis")
-    os.utime(folder / "runs/colors/colors.cl4wsis/manifest.json", (1, 1))
+    """What counts is when a bundle was exported, not when something was stored in it."""
+    newer = write_color_bundle(folder / "runs" / "other" / "newer.cl4wsis", created="2099-01-01T00:00:00+00:00")
+    os.utime(newer / "manifest.json", (1, 1))
     assert newest_bundle(folder / "runs") == newer
+    later_step = write_color_bundle(folder / "runs" / "x.cl4wsis", created="2099-01-01T00:00:00+00:00", step=7)
+    (write_color_bundle(folder / "runs" / "y.cl4wsis") / "manifest.json").write_text("{")
+    assert newest_bundle(folder / "runs") == later_step
 
 
 def test_without_a_bundle_the_way_to_one_is_named(tmp_path: Path) -> None:

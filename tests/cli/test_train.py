@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+from bundles import write_color_bundle
 from tiny import TINY
 from typer.testing import CliRunner
 
@@ -124,6 +125,17 @@ def test_evaluate_measures_a_trained_step(run: Path) -> None:
     measured = json.loads(answer.stdout)
     assert [c["name"] for c in measured["classes"]] == ["disc", "square", "triangle", "star"]
     assert measured["num_images"] == 4
+
+
+def test_evaluate_takes_no_bundle_of_another_preset(tmp_path: Path) -> None:
+    write_color_bundle(tmp_path / "shapes-step2.cl4wsis")
+    write_color_bundle(tmp_path / "plus" / "shapes-step2.cl4wsis")
+    for preset, folder in (("pam", "pam"), (None, ".")):
+        options = [] if preset is None else ["--preset", preset]
+        answer = RUNNER.invoke(app, ["evaluate", "--run", str(tmp_path), *options])
+        assert answer.exit_code == 1
+        expected = "give the plan it was trained on" if preset is None else f"{tmp_path / folder}/ holds no bundle"
+        assert expected in answer.stderr
 
 
 def test_evaluate_without_a_bundle_says_what_to_do(tmp_path: Path) -> None:

@@ -12,7 +12,9 @@ from typer.testing import CliRunner
 from cl4wsis.bundle import open_bundle, update_manifest
 from cl4wsis.checks import Limits
 from cl4wsis.cli.main import app
+from cl4wsis.errors import BundleError
 from cl4wsis.images import write_png
+from cl4wsis_serve import verify as ladder
 
 RUNNER = CliRunner()
 ONE_BACKEND = ["--backend", "onnxruntime", "--threads", "1"]
@@ -65,6 +67,17 @@ def test_verify_fails_beyond_a_limit_and_says_which(bundle: Path) -> None:
     assert "FAILED" in answer.stdout
     assert "error: float32, post=host, onnxruntime: 100.00% of the foreground of the golden images" in answer.stderr
     assert [check.passed for check in open_bundle(bundle).manifest.checks] == [True, False]
+
+
+def test_a_result_that_cannot_be_stored_is_printed(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*arguments: object) -> None:
+        raise BundleError("manifest.json: cannot be written: Read-only file system")
+
+    monkeypatch.setattr(ladder, "store_checks", refuse)
+    answer = RUNNER.invoke(app, ["verify", str(bundle), *ONE_BACKEND])
+    assert answer.exit_code == 0
+    assert "passed" in answer.stdout
+    assert "the result is not stored: manifest.json: cannot be written" in answer.stderr
 
 
 def test_a_lone_graph_is_verified_with_images_but_stores_nothing(bundle: Path, tmp_path: Path) -> None:

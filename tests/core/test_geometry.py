@@ -133,6 +133,21 @@ def test_instances_without_a_source_pixel_are_dropped() -> None:
     np.testing.assert_array_equal(restored.instance_ids, [[0, 0, 1, 1], [0, 0, 1, 1]])
 
 
+def test_what_the_image_shows_of_an_instance_counts_towards_its_area() -> None:
+    ids = np.zeros((8, 8), np.int32)
+    ids[3:8, 0:2] = 1  # 2 pixels in the image, 8 in the padding
+    ids[2:8, 4:8] = 2  # 8 and 16
+    found, fitted = Instances.from_ids(ids, [0, 1], [0.9, 0.8]), FitTransform.fit((8, 16), (8, 8))
+    np.testing.assert_array_equal(restore_instances(found, fitted).labels, [0, 1])
+    np.testing.assert_array_equal(restore_instances(found, fitted, min_area=2).labels, [0, 1])
+    restored = restore_instances(found, fitted, min_area=3)
+    np.testing.assert_array_equal(restored.labels, [1])
+    np.testing.assert_array_equal(restored.boxes, [[8, 4, 16, 8]])
+    np.testing.assert_array_equal(
+        restore_instances(found, FitTransform.fit((8, 8), (8, 8)), min_area=99).labels, [0, 1]
+    )
+
+
 RULE = InputRule(size=(32, 64), mean=(123.675, 116.28, 103.53), std=(58.4, 57.1, 57.4))
 
 

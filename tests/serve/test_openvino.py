@@ -1,5 +1,6 @@
 """The OpenVINO backend: the answers of ONNX Runtime, the arithmetic that the graph states, and clear refusals."""
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -46,6 +47,17 @@ def test_answers_are_those_of_onnxruntime(tmp_path: Path, post: Post) -> None:
             np.testing.assert_array_equal(found.instance_ids, expected.instance_ids)
             np.testing.assert_array_equal(found.labels, expected.labels)
             np.testing.assert_allclose(found.scores, expected.scores, atol=1e-6)
+
+
+@pytest.mark.parametrize("post", ["graph", "host"])
+def test_threads_may_share_a_predictor(tmp_path: Path, post: Post) -> None:
+    predictor = Predictor.open(write_color_bundle(tmp_path / "colors.cl4wsis"), "openvino", post=post, threads=1)
+    images = [np.roll(color_image(*SIZE), shift, axis=1) for shift in range(8)]
+    expected = [predictor.predict(image).instance_ids for image in images]
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(predictor.predict, images * 50))
+    for index, answer in enumerate(found):
+        np.testing.assert_array_equal(answer.instance_ids, expected[index % len(images)])
 
 
 def test_images_need_not_be_contiguous(folder: Path) -> None:

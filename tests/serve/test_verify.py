@@ -77,7 +77,7 @@ def test_a_variant_that_answers_otherwise_fails_with_figures(path: Path) -> None
     assert bad.agreement is not None
     assert bad.agreement.matched == 0
     assert "100.00% of the foreground of the golden images differ (limit 25.00%)" in bad.problems
-    assert "0.00% of the instances are matched (limit 80.00%)" in bad.problems
+    assert "0.00% of the instances are matched (limit 80.00%, for 4 instances 40.00%)" in bad.problems
 
 
 def test_limits_of_the_manifest_win(path: Path) -> None:
@@ -163,7 +163,7 @@ def test_images_of_a_folder_are_spread_over_the_limit(tmp_path: Path) -> None:
     assert folder_images("seven", paths).size == 7
 
 
-AGREED = Agreement(images=1, instances=9, differing_pixels=0.01, matched=0.9, mask_iou=0.95, score_error=0.2)
+AGREED = Agreement(images=1, instances=900, differing_pixels=0.01, matched=0.9, mask_iou=0.95, score_error=0.2)
 
 
 @pytest.mark.parametrize(
@@ -176,8 +176,17 @@ AGREED = Agreement(images=1, instances=9, differing_pixels=0.01, matched=0.9, ma
             ),
             [],
         ),
-        (Limits(differing_pixels=0.009), ["1.00% of the foreground differ from float32 (limit 0.90%)"]),
-        (Limits(matched=0.91), ["90.00% of the instances are matched (limit 91.00%)"]),
+        (
+            Limits(differing_pixels=0.004),
+            [
+                "1.00% of the foreground belongs to another instance than with float32 "
+                "(limit 0.40%, for 900 instances 0.82%)"
+            ],
+        ),
+        (Limits(differing_pixels=0.009), []),
+        (Limits(matched=0.92), ["90.00% of the instances are matched (limit 92.00%, for 900 instances 90.19%)"]),
+        (Limits(matched=0.91), []),
+        (Limits(matched=1), ["90.00% of the instances are matched (limit 100.00%)"]),
         (Limits(mask_iou=0.96), ["the mean mask IoU is 0.950 (limit 0.960)"]),
         (Limits(score_error=0.1), ["scores differ by up to 0.2 (limit 0.1)"]),
         (Limits(golden_pixels=0), ["1.00% of the foreground of the golden images differ (limit 0.00%)"]),

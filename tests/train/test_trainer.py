@@ -17,7 +17,7 @@ from tiny import TINY, tiny_plan
 from cl4wsis.errors import RunError
 from cl4wsis.steps import read_step, step_folder, trained_steps
 from cl4wsis_train import trainer
-from cl4wsis_train.checkpoint import load_step, load_tensors, locked_folder, read_progress
+from cl4wsis_train.checkpoint import load_step, load_tensors, locked_folder, read_progress, save_tensors
 from cl4wsis_train.log import TrainingLog
 from cl4wsis_train.trainer import build_fabric, missing_steps, train_step
 
@@ -162,6 +162,18 @@ def shown_iterations(run: Path) -> dict[str, list[int]]:
     events = EventAccumulator(str(step_folder(run, 1) / "tensorboard"))
     events.Reload()
     return {tag: [event.step for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+
+
+def test_weights_can_be_read_by_whom_the_folder_allows(run: Path, tmp_path: Path) -> None:
+    path = tmp_path / "a.safetensors"
+    (tmp_path / "b").touch()
+    save_tensors(path, {"a": torch.zeros(2)})
+    assert path.stat().st_mode == (tmp_path / "b").stat().st_mode == (step_folder(run, 1) / "step.json").stat().st_mode
+    if os.geteuid() == 0:
+        pytest.skip("root may read everything")
+    path.chmod(0)
+    with pytest.raises(RunError, match="may not be read"):
+        load_tensors(path)
 
 
 def test_an_interrupted_step_goes_on_under_the_same_settings_alone(

@@ -57,7 +57,10 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, 
     """
     temporary = path.with_name(f".{path.name}.tmp")
     try:
+        temporary.touch()
+        mode = temporary.stat().st_mode  # safetensors leaves a file that its owner alone can read
         save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, temporary, metadata)
+        temporary.chmod(mode)
         temporary.replace(path)
     except (SafetensorError, OSError) as error:
         raise RunError(f"{path}: cannot be written: {error}") from error
@@ -99,10 +102,13 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
         RunError: the file is missing or damaged.
     """
     try:
+        path.open("rb").close()  # safetensors takes a file that may not be read for one that is missing
         with safe_open(path, framework="pt", device="cpu") as file:
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (safe_open is no mapping)
     except FileNotFoundError as error:
         raise RunError(f"{path}: is missing") from error
+    except PermissionError as error:
+        raise RunError(f"{path}: may not be read; its owner can allow it") from error
     except (SafetensorError, OSError) as error:
         raise RunError(f"{path}: is damaged ({error}); train this step again") from error
 

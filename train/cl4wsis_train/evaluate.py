@@ -109,7 +109,7 @@ def restored_groups(
     classes = full_probs.argmax(dim=1).to(torch.int32).cpu().numpy()
     return [
         (
-            restore_instances(group_instances(probs, heatmap, offsets, spec), transform),
+            restore_instances(group_instances(probs, heatmap, offsets, spec), transform, spec.min_area),
             transform.restore_ids(class_map),
         )
         for probs, heatmap, offsets, class_map, transform in zip(*arrays, classes, transforms, strict=True)

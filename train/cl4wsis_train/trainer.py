@@ -9,6 +9,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal
 
@@ -61,6 +62,7 @@ logger = logging.getLogger(__name__)
 PhaseName = Literal["base", "semantic", "instance"]
 _SEMANTIC_RESULT = "semantic.safetensors"
 _SECONDS_BETWEEN_SAVES = 30.0
+_LONGEST_WAIT = timedelta(days=1)
 
 
 def train_step(
@@ -124,10 +126,13 @@ def build_fabric(plan: Plan, device: str = "auto", num_devices: int | str = "aut
 
 
 def _strategy(num_devices: int | str) -> Any:
-    """Leave out-of-use parameters be: heads that wait for the warm-up to end get no gradient."""
+    """Leave out-of-use parameters be, heads that wait for the warm-up to end, and wait for the evaluation.
+
+    One process evaluates while the others wait for it; 30 minutes, the default, are too short for large data.
+    """
     if num_devices == 1 and not torch.distributed.is_torchelastic_launched():
         return "auto"
-    return DDPStrategy(find_unused_parameters=True)
+    return DDPStrategy(find_unused_parameters=True, timeout=_LONGEST_WAIT)
 
 
 def missing_steps(plan: Plan, step: int, run: Path) -> list[int]:
