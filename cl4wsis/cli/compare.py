@@ -197,12 +197,12 @@ def _train_missing(jobs: "Sequence[tuple[Plan, int, Path]]", device: str) -> Non
         return
     from cl4wsis_train.trainer import train_step
 
-    fabric = launch_fabric(missing[0][0], device)
+    fabrics = {plan.recipe.precision: launch_fabric(plan, device) for plan, _, _ in missing}
     _check_data(missing)
     for number, (plan, step, run) in enumerate(missing, start=1):
         name = plan.recipe.preset or PLAN_ITSELF
         note(f"[{number}/{len(missing)}] {run.name}, step {step}" + (f", {name}" if step else ""))
-        train_step(plan, step, run, fabric=fabric, report=note)
+        train_step(plan, step, run, fabric=fabrics[plan.recipe.precision], report=note)
 
 
 def _check_data(jobs: "Sequence[tuple[Plan, int, Path]]") -> None:

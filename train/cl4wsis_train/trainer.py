@@ -332,7 +332,9 @@ class _StepTraining:
                 iteration += 1
                 log.update(iteration, epoch, losses, phase.statistics, optimizer.param_groups[-1]["lr"])
             self.seconds[name] = seconds_before + time.monotonic() - start
-            if time.monotonic() - last_save > _SECONDS_BETWEEN_SAVES or epoch + 1 == epochs:
+            is_due = time.monotonic() - last_save > _SECONDS_BETWEEN_SAVES
+            # Processes save together, and their clocks may disagree.
+            if fabric.broadcast(is_due) or epoch + 1 == epochs:
                 last_save = time.monotonic()
                 log.flush()
                 self._save_progress(name, epoch + 1, iteration, phase, optimizer)
