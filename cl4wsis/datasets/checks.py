@@ -1,5 +1,6 @@
 """Counts of what a plan will train on and be measured on, and everything that is wrong with it, found beforehand."""
 
+import functools
 import hashlib
 import logging
 import os
@@ -320,7 +321,7 @@ class _Survey:
         logger.info("checking %d images", len(uses))
         digests: dict[bool, dict[bytes, str]] = {True: {}, False: {}}
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            results = pool.map(_examine, uses)
+            results = pool.map(functools.partial(_examine, hashes=find_duplicates), uses)
             for done, ((is_training, path, _), (findings, digest)) in enumerate(
                 zip(self._uses, results, strict=True), start=1
             ):
@@ -348,8 +349,8 @@ class _Survey:
         ]
 
 
-def _examine(use: _FileUse) -> tuple[list[Finding], bytes | None]:
-    """Decode an image and its masks; return what was found, and a digest of the file."""
+def _examine(use: _FileUse, hashes: bool) -> tuple[list[Finding], bytes | None]:
+    """Decode an image and its masks; return what was found, and a digest of the file if one is wanted."""
     image, where = use.image, use.where
     findings = []
     if not isinstance(image, TaggedImage):
@@ -359,7 +360,7 @@ def _examine(use: _FileUse) -> tuple[list[Finding], bytes | None]:
         ]
     try:
         height, width = image.read().shape[:2]
-        digest = hashlib.blake2b(image.path.read_bytes(), digest_size=16).digest()
+        digest = hashlib.blake2b(image.path.read_bytes(), digest_size=16).digest() if hashes else None
     except DataError as error:
         return [*findings, Finding(kind="unreadable image", where=where, message=str(error))], None
     if use.proposals is not None:

@@ -4,6 +4,7 @@ Annotations are in pixels of the image as it is shown: upright, EXIF orientation
 """
 
 import codecs
+import functools
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from cl4wsis.datasets.problems import ProblemsError
 from cl4wsis.errors import DataError
 from cl4wsis.masks import mask_from_segmentation
 
+_KEPT_LISTINGS = 4
 _BORDER_TOLERANCE = 1.0  # px; tools write polygons that run along, or just beyond, the outer edge
 
 
@@ -166,6 +168,9 @@ def list_instances(
 ) -> Listing[AnnotatedImage]:
     """Read a COCO instances file with its contradictions; masks stay encoded.
 
+    Checks, phases and the evaluation read the same files, and COCO's own takes half a minute. So the listings of the
+    last few files are kept, until the file changes.
+
     Args:
         path: of the JSON file.
         folder: to which its file names are relative.
@@ -175,8 +180,25 @@ def list_instances(
     Raises:
         DataError: the file is missing, or is no COCO file.
     """
+    try:
+        state = path.stat()
+    except OSError as error:
+        raise _unreadable(path, error) from error
+    names = tuple(sorted((rename or {}).items()))
+    numbers = None if names_by_id is None else tuple(sorted(names_by_id.items()))
+    return _list_instances(path, (state.st_mtime_ns, state.st_size), folder, names, numbers)
+
+
+@functools.lru_cache(maxsize=_KEPT_LISTINGS)
+def _list_instances(
+    path: Path,
+    _state: tuple[int, int],
+    folder: Path,
+    rename: tuple[tuple[str, str], ...],
+    names_by_id: tuple[tuple[int | str, str], ...] | None,
+) -> Listing[AnnotatedImage]:
     coco = _parse_coco(path)
-    names, problems = _category_names(coco, names_by_id, rename or {})
+    names, problems = _category_names(coco, None if names_by_id is None else dict(names_by_id), dict(rename))
     annotations: dict[int | str, list[_CocoAnnotation]] = {image.id: [] for image in coco.images}
     problems += [
         *describe_repeated("category id", (category.id for category in coco.categories)),
@@ -196,7 +218,7 @@ def list_instances(
             problems.append(f"annotations.{index}: there is no category with id {annotation.category_id!r}")
         else:
             annotations[annotation.image_id].append(annotation)
-    images = [_annotated_image(image, annotations[image.id], names, folder) for image in coco.images]
+    images = tuple(_annotated_image(image, annotations[image.id], names, folder) for image in coco.images)
     return Listing(images, path, tuple(names.values()), [f"{path}: {problem}" for problem in problems])
 
 
@@ -263,4 +285,8 @@ def read_bytes(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror or error}") from error
+        raise _unreadable(path, error) from error
+
+
+def _unreadable(path: Path, error: OSError) -> DataError:
+    return DataError(f"{path}: cannot be read: {error.strerror or error}")

@@ -9,6 +9,7 @@ import pytest
 from cl4wsis.datasets import (
     VOID_ID,
     check_sources,
+    coco,
     load_evaluation_set,
     load_masked_pictures,
     load_tagged_pictures,
@@ -530,3 +531,19 @@ def test_shape_plans_are_checked_for_names() -> None:
     plan = Plan.model_validate({"name": "s", "steps": [["disk"]], "data": {"kind": "shapes"}})
     with pytest.raises(DataError, match="did you mean 'disc'"):
         check_sources(plan, 0)
+
+
+def test_a_file_is_read_again_once_it_has_changed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_source(tmp_path, "train")
+    path, reads = tmp_path / "train.json", []
+    real = coco._parse_coco
+    monkeypatch.setattr(coco, "_parse_coco", lambda file: reads.append(file) or real(file))
+    before = [coco.list_instances(path, tmp_path / "train") for _ in range(2)]
+    assert len(reads) == 1
+    renamed = coco.list_instances(path, tmp_path / "train", rename={"cat": "kitten"})
+    assert "kitten" in renamed.class_names
+    content = json.loads(path.read_text())
+    path.write_text(json.dumps({**content, "annotations": []}))
+    after = coco.list_instances(path, tmp_path / "train")
+    assert before[0].pictures[0].class_names
+    assert not after.pictures[0].class_names

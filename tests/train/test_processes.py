@@ -45,6 +45,16 @@ def test_two_processes_give_the_losses_of_one_in_every_phase(tmp_path: Path) -> 
 
 
 @pytest.mark.slow
+def test_processes_refuse_broken_data_together(tmp_path: Path) -> None:
+    """One of them checks the data."""
+    command = [sys.executable, processes.__file__, "2", str(tmp_path), "0", *GENTLE, 'steps=[["disc"],["unicorn"]]']
+    finished = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert finished.returncode != 0
+    assert finished.stderr.count("DataError: ") == 2
+    assert "unicorn" in finished.stderr
+
+
+@pytest.mark.slow
 def test_statistics_gradients_and_draws_are_those_of_the_whole_batch(tmp_path: Path) -> None:
     arguments = (2, str(tmp_path / "store"))
     torch.multiprocessing.spawn(processes.compare_with_one_process, arguments, nprocs=2)

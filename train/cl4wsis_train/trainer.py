@@ -21,7 +21,7 @@ from torch import nn
 
 import cl4wsis
 from cl4wsis.datasets import check_sources
-from cl4wsis.errors import ConfigError, RunError
+from cl4wsis.errors import ConfigError, DataError, RunError
 from cl4wsis.recipe import LEARNING_FIELDS, NetworkSettings, OptimizerSettings, Recipe
 from cl4wsis.steps import (
     WEIGHTS_FILE,
@@ -102,9 +102,23 @@ def train_step(
     if folder.exists():
         raise RunError(f"{folder}: step {step} is trained already; delete the folder to train it again")
     previous = previous_folder(plan, step, run)
-    report(str(check_sources(plan, step)))
     fabric = fabric or build_fabric(plan)
+    report(_check_data(plan, step, fabric))
     return _StepTraining(plan, step, folder, previous, fabric, report).run(evaluate)
+
+
+def _check_data(plan: Plan, step: int, fabric: Fabric) -> str:
+    """Check the data once for all processes, and let all of them know what was found."""
+    is_sound, text = True, ""
+    if fabric.is_global_zero:
+        try:
+            text = str(check_sources(plan, step))
+        except DataError as error:
+            is_sound, text = False, str(error)
+    is_sound, text = fabric.broadcast((is_sound, text))
+    if not is_sound:
+        raise DataError(text)
+    return text
 
 
 def build_fabric(plan: Plan, device: str = "auto", num_devices: int | str = "auto") -> Fabric:
