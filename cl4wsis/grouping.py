@@ -23,6 +23,8 @@ All arithmetic is float32, and inputs must be finite.
    that loses some of its centers is shared among the rest, a region that loses all has no id. (Ties in a TopK are
    resolved by its second key, so order the K candidates by (value, index) and choose among those that equal the K-th
    value by index; ``index - h * w`` is a unique key below every peak for the pseudo-centers.)
+   A graph looks at the first 256 centers before step 2 drops small regions: where a class map has more parts than
+   that, it may lose instances.
 5. Assignment: pixel ``p`` of a region goes to the kept center ``c`` of that region with the least
    ``(p_y + o_y - c_y)^2 + (p_x + o_x - c_x)^2``, evaluated in this order; the first in priority wins a tie.
 6. Score: ``v(center) *`` mean of the class probability over the grid pixels assigned in step 5; for a pseudo-center

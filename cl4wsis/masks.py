@@ -49,12 +49,26 @@ def mask_from_segmentation(segmentation: Any, height: int, width: int) -> NDArra
     Raises:
         ValueError: the segmentation is empty, of an unknown form, damaged, or of another size.
     """
-    decoded: NDArray[np.bool_] = coco_mask.decode(_rle_from_segmentation(segmentation, height, width)).astype(bool)
+    decoded: NDArray[np.bool_] = coco_mask.decode(rle_from_segmentation(segmentation, height, width)).astype(bool)
     return decoded
 
 
-def _rle_from_segmentation(segmentation: Any, height: int, width: int) -> Any:
-    """Bring a segmentation into compressed RLE. pycocotools trusts what it is given, so everything is checked here."""
+def rle_from_segmentation(segmentation: Any, height: int, width: int) -> dict[str, Any]:
+    """Bring a COCO segmentation into compressed RLE without decoding it.
+
+    pycocotools trusts what it is given, so everything is checked here.
+
+    Args:
+        segmentation: as for :func:`mask_from_segmentation`.
+        height: of the image, px.
+        width: of the image, px.
+
+    Returns:
+        A dict with ``size`` and ``counts`` for pycocotools.
+
+    Raises:
+        ValueError: the segmentation is empty, of an unknown form, damaged, or of another size.
+    """
     if isinstance(segmentation, dict) and isinstance(segmentation.get("counts"), list | str | bytes):
         counts, size = segmentation["counts"], segmentation.get("size")
         if not isinstance(size, list | tuple) or list(size) != [height, width]:
@@ -62,7 +76,8 @@ def _rle_from_segmentation(segmentation: Any, height: int, width: int) -> Any:
         runs = np.array(counts) if isinstance(counts, list) else _runs_of(counts)
         if runs.dtype.kind not in "iu" or (runs < 0).any() or runs.sum() != height * width:
             raise ValueError(f"run lengths do not add up to the {height * width} pixels of the image; RLE is damaged")
-        return coco_mask.frPyObjects(segmentation, height, width) if isinstance(counts, list) else segmentation
+        rle: dict[str, Any] = segmentation
+        return coco_mask.frPyObjects(segmentation, height, width) if isinstance(counts, list) else rle
     limit = _FARTHEST_POINT * max(height, width)  # drawing takes memory for every pixel of the outline
     polygons = []
     for polygon in segmentation if isinstance(segmentation, list) else []:
@@ -82,7 +97,8 @@ def _rle_from_segmentation(segmentation: Any, height: int, width: int) -> Any:
             polygons.append(polygon)
     if not polygons:
         raise ValueError("segmentation is neither RLE nor a polygon of three points or more")
-    return coco_mask.merge(coco_mask.frPyObjects(polygons, height, width))
+    merged: dict[str, Any] = coco_mask.merge(coco_mask.frPyObjects(polygons, height, width))
+    return merged
 
 
 def _runs_of(counts: str | bytes) -> NDArray[np.int64]:

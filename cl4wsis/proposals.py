@@ -14,10 +14,11 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from pycocotools import mask as coco_mask
 from pydantic import AliasChoices, BaseModel, Field, TypeAdapter, ValidationError
 
 from cl4wsis.errors import DataError
-from cl4wsis.masks import mask_from_segmentation, rle_from_masks
+from cl4wsis.masks import mask_from_segmentation, rle_from_segmentation
 
 
 class _Proposal(BaseModel):
@@ -59,11 +60,16 @@ class Proposals:
 
         Where proposals overlap, the smaller one lies in front; of equal ones, that of higher score, then the first.
         """
-        masks = [mask_from_segmentation(rle, self.height, self.width) for rle in self.rles]
-        areas = [int(mask.sum()) for mask in masks]
         ids = np.zeros((self.height, self.width), np.int32)
-        for index in sorted(range(len(masks)), key=lambda row: (-areas[row], self.scores[row], -row)):
-            ids[masks[index]] = index + 1
+        if not self.rles:
+            return ids
+        rles = list(self.rles)
+        areas = coco_mask.area(rles).tolist()
+        boxes = coco_mask.toBbox(rles).astype(int).tolist()
+        for index in sorted(range(len(rles)), key=lambda row: (-areas[row], self.scores[row], -row)):
+            left, top, width, height = boxes[index]
+            box = slice(top, top + height), slice(left, left + width)
+            ids[box][coco_mask.decode(rles[index])[box] > 0] = index + 1
         return ids
 
 
@@ -107,8 +113,7 @@ def read_proposals(folder: Path, name: str, height: int, width: int) -> Proposal
     rles = []
     for index, proposal in enumerate(found):
         try:
-            mask = mask_from_segmentation(proposal.segmentation, height, width)
+            rles.append(rle_from_segmentation(proposal.segmentation, height, width))
         except (ValueError, TypeError, KeyError) as error:
             raise DataError(f"{path}: proposal {index}: {error}") from error
-        rles += rle_from_masks(mask[None])
     return Proposals(height, width, rles, np.array([proposal.score for proposal in found], dtype=np.float32))

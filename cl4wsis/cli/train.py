@@ -60,6 +60,11 @@ def train_step(
     from cl4wsis_train.trainer import missing_steps
     from cl4wsis_train.trainer import train_step as train
 
+    if preset is not None and with_previous and plan.recipe.precision != base_plan.recipe.precision:
+        raise typer.BadParameter(
+            f"--with-previous: preset {preset} trains in {plan.recipe.precision}, step 0 in "
+            f"{base_plan.recipe.precision}; train step 0 by itself, without --preset"
+        )
     fabric = launch_fabric(plan, device, devices)
     for number in missing_steps(plan, step, folder) if with_previous else [step]:
         train(plan if number else base_plan, number, folder, fabric=fabric, evaluate=evaluate, report=_say)

@@ -14,11 +14,12 @@ from cl4wsis.errors import BundleError
 from cl4wsis.grouping import GroupingSpec
 from cl4wsis_export.borders import join
 from cl4wsis_export.fused import INPUT_NAME, MAP_NAMES, FusedOutput, FusedSegmenter, MapGrouping, TracedNetwork
-from cl4wsis_export.passes import FoldPass, FreeBatchPass, TidyPass, check_operators
+from cl4wsis_export.passes import BatchDependenceError, FoldPass, FreeBatchPass, TidyPass, check_operators
 
 BATCH = "batch"
-_TRACED_BATCH = 4099
-"""A prime that no other side is a multiple of; tracing with a free batch would take twice as long."""
+_TRACED_BATCHES = (4099, 4111)
+"""Primes of which no other side should be a multiple; tracing with a free batch would take twice as long. The second
+is for graphs in which a multiple of the first occurs by chance."""
 
 
 def build_graph(segmenter: FusedSegmenter, opset: int) -> ir.Model:
@@ -70,7 +71,19 @@ def export_module(
     Raises:
         BundleError: the module cannot be exported, or needs an operator that not every runtime has.
     """
-    inputs = tuple(example[:1].expand(_TRACED_BATCH, *example.shape[1:]) for example in examples.values())
+    *others, last = _TRACED_BATCHES
+    for batch in others:
+        try:
+            return _export_with(module, examples, output_names, opset, batch)
+        except BatchDependenceError:
+            continue
+    return _export_with(module, examples, output_names, opset, last)
+
+
+def _export_with(
+    module: nn.Module, examples: Mapping[str, Tensor], output_names: Sequence[str], opset: int, batch: int
+) -> ir.Model:
+    inputs = tuple(example[:1].expand(batch, *example.shape[1:]) for example in examples.values())
     try:
         with _quiet(), torch.no_grad():
             program = torch.onnx.export(
@@ -84,10 +97,12 @@ def export_module(
                 verbose=False,
             )
             assert program is not None
-            passes = ir.passes.Sequential(TidyPass(), FreeBatchPass(_TRACED_BATCH, BATCH), FoldPass(), TidyPass())
+            passes = ir.passes.Sequential(TidyPass(), FreeBatchPass(batch, BATCH), FoldPass(), TidyPass())
             model: ir.Model = passes(program.model).model
     except Exception as error:  # the exporter raises errors of many kinds
-        raise BundleError(f"the network cannot be exported: {_first_line_of_cause(error)}") from error
+        cause = _first_cause(error)
+        kind = BatchDependenceError if isinstance(cause, BatchDependenceError) else BundleError
+        raise kind(f"the network cannot be exported: {str(cause).strip().splitlines()[0]}") from error
     check_operators(model)
     return model
 
@@ -105,11 +120,11 @@ def _pin_output_shapes(model: ir.Model, size: tuple[int, int], slots: int) -> No
         value.shape = ir.Shape([BATCH, *shapes.get(value.name or "", (slots,))])
 
 
-def _first_line_of_cause(error: BaseException) -> str:
+def _first_cause(error: BaseException) -> BaseException:
     """Return what went wrong first: the exporter wraps it into advice on how to report errors."""
     while error.__cause__ is not None:
         error = error.__cause__
-    return str(error).strip().partition("\n")[0]
+    return error
 
 
 @contextmanager

@@ -57,6 +57,10 @@ def _is_rearrangement(node: ir.Node) -> bool | None:
     return True if node.op_type in ("Slice", "Concat") else None
 
 
+class BatchDependenceError(BundleError):
+    """Parts of a graph depend on the number of images it was traced with."""
+
+
 class FreeBatchPass(ir.passes.InPlacePass):
     """Free the batch of a graph that was traced with a fixed one, as if the exporter had left it open.
 
@@ -78,7 +82,7 @@ class FreeBatchPass(ir.passes.InPlacePass):
         """Free the batch.
 
         Raises:
-            BundleError: a constant depends on it in another way; every one is named.
+            BatchDependenceError: a constant depends on it in another way; every one is named.
         """
         for node in model.graph.all_nodes():
             if node.op_type == "Reshape":
@@ -119,7 +123,7 @@ class FreeBatchPass(ir.passes.InPlacePass):
                 if np.any(self._depends(np.array(array.shape))) or (tells_sides and np.any(self._depends(array))):
                     fixed.append(f"{node.op_type} ({node.name})")
         if fixed:
-            raise BundleError(
+            raise BatchDependenceError(
                 f"parts of the network depend on the number of images in a batch: {', '.join(fixed[:10])}. "
                 "Choose an encoder without them (recipe.network.encoder)"
             )

@@ -103,13 +103,6 @@ def test_saved_weights_hold_no_input_rule(network: InstanceSegmenter) -> None:
     assert not [key for key in network.state_dict() if "mean" in key.split(".")[-1] and "running" not in key]
 
 
-def test_split_parameters_is_a_partition(network: InstanceSegmenter) -> None:
-    encoder, others = network.split_parameters()
-    assert {id(p) for p in encoder} == {id(p) for p in network.encoder.parameters()}
-    assert len(encoder) + len(others) == len(list(network.parameters()))
-    assert not {id(p) for p in encoder} & {id(p) for p in others}
-
-
 def test_offsets_stay_float32_under_autocast(network: InstanceSegmenter, images: Tensor) -> None:
     with torch.inference_mode(), torch.autocast("cpu", dtype=torch.bfloat16):
         output = network(network.normalize(images))

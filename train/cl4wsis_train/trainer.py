@@ -63,6 +63,8 @@ PhaseName = Literal["base", "semantic", "instance"]
 _SEMANTIC_RESULT = "semantic.safetensors"
 _SECONDS_BETWEEN_SAVES = 30.0
 _LONGEST_WAIT = timedelta(days=1)
+_FRESH_LOSS_SCALER = {"scale": 2.0**16, "_growth_tracker": 0}
+"""What a scaler of PyTorch begins with."""
 
 
 def train_step(
@@ -94,7 +96,7 @@ def train_step(
         RunError: the step exists already, the previous one is missing, or belongs to another lineage; another process
             trains this step; it was interrupted under other settings; the loss is no longer finite.
         DataError: the data is broken; found before training starts.
-        ConfigError: step 0 of a plan with a preset.
+        ConfigError: step 0 of a plan with a preset, or a batch that the processes cannot share evenly.
     """
     if step == 0 and plan.recipe.preset:
         raise ConfigError(f"step 0 is the plan's own, whatever the preset; found preset '{plan.recipe.preset}'")
@@ -313,9 +315,12 @@ class _StepTraining:
         """Run one phase over its remaining epochs."""
         fabric = self.fabric
         batch_size = getattr(self.recipe, name).batch_size
-        loader = build_training_loader(
-            self.plan, self.step, name, max(1, batch_size // fabric.world_size), self._seed(name, 0)
-        )
+        if batch_size % fabric.world_size:
+            raise ConfigError(
+                f"recipe.{name}.batch_size {batch_size} cannot be shared evenly by {fabric.world_size} processes; "
+                "choose a multiple, or another --devices"
+            )
+        loader = build_training_loader(self.plan, self.step, name, batch_size // fabric.world_size, self._seed(name, 0))
         fabric_loader: Any = fabric.setup_dataloaders(loader)
         network = phase.network
         encoder = list(network.encoder.parameters())
@@ -327,10 +332,14 @@ class _StepTraining:
         optimizer = build_optimizer(settings, encoder, heads, inherited)
         model, fabric_optimizer = fabric.setup(phase, optimizer)
         first_epoch, iteration = 0, 0
+        loss_scaler = fabric.strategy.precision.state_dict()
+        if loss_scaler:  # the fabric may have trained something else before
+            loss_scaler |= _FRESH_LOSS_SCALER
         if progress is not None and progress.phase == name:
             restore_progress(self.partial, phase, optimizer)
-            fabric.strategy.precision.load_state_dict(progress.loss_scaler)
+            loss_scaler = progress.loss_scaler
             first_epoch, iteration = progress.epochs_done, progress.iteration
+        fabric.strategy.precision.load_state_dict(loss_scaler)
         seconds_before, start, last_save = self.seconds.get(name, 0.0), time.monotonic(), time.monotonic()
         per_epoch = len(fabric_loader)
         log.start_phase(name, epochs * per_epoch, iteration)

@@ -211,12 +211,6 @@ class InstanceSegmenter(nn.Module):
         classifier.state_dict()["0.bias"][0] = -rare  # background
         self.instance_branch.center_head.init_constant(bias=0.0, weight=0.0)
 
-    def split_parameters(self) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-        """Return the encoder's parameters and all others, for learning rates of their own."""
-        encoder = list(self.encoder.parameters())
-        known = {id(parameter) for parameter in encoder}
-        return encoder, [parameter for parameter in self.parameters() if id(parameter) not in known]
-
     def train(self, mode: bool = True) -> "InstanceSegmenter":
         """Set the mode; the encoder stays in evaluation mode when it is to keep its stored statistics."""
         super().train(mode)

@@ -40,6 +40,9 @@ from cl4wsis_train.pseudo.semantic import (
 
 _FINE_STRIDE = 4  # of the refined target, as of the instance branch
 
+_MOST_MARGINS = 1 << 24
+"""Pixels on which a quantile is measured: 128 MB."""
+
 
 class SemanticPhase(Phase):
     """Encoder, semantic branch, localizer and peak generator in training, against a frozen old network.
@@ -130,7 +133,8 @@ class SemanticPhase(Phase):
         """
         self.network.eval()
         new = self.split.semantic_new
-        margins = []
+        margins: list[Tensor] = []
+        stride, count = 1, 0
         for batch in batches:
             images = self.network.normalize(batch.images)
             logits = self.network.forward_semantic(self.network.encoder(images)).float()  # (B, C, h, w)
@@ -140,7 +144,11 @@ class SemanticPhase(Phase):
                 [logits[:, self.split.semantic_old], logits[:, new].masked_fill(tagged[:, new], -torch.inf)], 1
             )
             margin = own - others.amax(1)  # (B, h, w)
-            margins.append(margin[margin > 0].cpu())
+            margins.append(margin[margin > 0][::stride].cpu())
+            count += len(margins[-1])
+            if count > _MOST_MARGINS:  # every other one tells the quantile as well
+                margins, stride = [torch.cat(margins)[::2]], 2 * stride
+                count = len(margins[0])
         found = torch.cat(margins).double().numpy()
         drop = float(np.quantile(found, share)) if len(found) else 0.0
         self.network.semantic_branch.classifier.convolutions[-1].get_parameter("bias").sub_(drop)
