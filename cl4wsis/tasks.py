@@ -4,16 +4,28 @@ Class numbers. Foreground classes are numbered from 0 in the order in which the 
 these numbers. Semantic channel 0 is background, so class ``c`` is semantic channel ``c + 1`` and center channel ``c``.
 """
 
+import unicodedata
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from cl4wsis.config import Settings, build_settings, find_config, merge, parse_overrides, read_toml
 from cl4wsis.errors import ConfigError
 from cl4wsis.presets import apply_preset
 from cl4wsis.recipe import Recipe
+
+
+def class_name(text: str) -> str:
+    """Return a class name in the one form in which names are compared.
+
+    Accented letters are one character or two (Unicode NFC and NFD); macOS and some editors write the latter.
+    """
+    return unicodedata.normalize("NFC", text)
+
+
+ClassName = Annotated[str, AfterValidator(class_name)]
 
 
 class ClassSplit(Settings):
@@ -98,7 +110,7 @@ class CocoSource(Settings):
     """COCO instances JSON; read in step 0, for evaluation and for supervised baselines only."""
     tags: Path | None = None
     """Class names of each image: JSON ``{file: [names]}``, or CSV with a file and then its class names per line."""
-    rename: dict[str, str] = Field(default_factory=dict)
+    rename: dict[ClassName, ClassName] = Field(default_factory=dict)
     """Class names of this source that the plan calls otherwise: ``{theirs = "ours"}``."""
 
 
@@ -116,7 +128,7 @@ class VocSource(Settings):
     """Folder of the PNG files that hold object numbers; 0 is background, 255 void."""
     tags: Path | None = None
     """Class names of each image, as for COCO; read from ``Annotations/*.xml`` when not given."""
-    rename: dict[str, str] = Field(default_factory=dict)
+    rename: dict[ClassName, ClassName] = Field(default_factory=dict)
     """Class names of VOC that the plan calls otherwise: ``{sofa = "couch"}``."""
 
 
@@ -132,7 +144,7 @@ class SbdSource(Settings):
     """The masks as COCO JSON, category ids 1 to 20 in VOC order; read from ``inst/*.mat`` when not given."""
     tags: Path | None = None
     """Class names of each image, as for COCO; when not given, those named in ``cls/*.mat`` or in the COCO JSON."""
-    rename: dict[str, str] = Field(default_factory=dict)
+    rename: dict[ClassName, ClassName] = Field(default_factory=dict)
     """Class names of VOC that the plan calls otherwise."""
 
 
@@ -197,7 +209,7 @@ class Plan(Settings):
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     """Name of the plan and of its run folder."""
-    steps: tuple[tuple[str, ...], ...] = Field(min_length=1)
+    steps: tuple[tuple[ClassName, ...], ...] = Field(min_length=1)
     """Class names that each step adds; the first are the base classes."""
     selection: Literal["overlap", "disjoint"] = "overlap"
     """Which images belong to a step: with at least one of its classes; ``disjoint`` also excludes future classes."""

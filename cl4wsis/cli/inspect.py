@@ -10,6 +10,7 @@ from cl4wsis.cli.options import JsonOption
 
 if TYPE_CHECKING:
     from cl4wsis.bundle import Manifest
+    from cl4wsis.checks import VariantCheck
     from cl4wsis.steps import ClassInfo, StepInfo
     from cl4wsis.tasks import Plan
 
@@ -92,11 +93,13 @@ def _inspect_run(folder: Path, as_json: bool) -> None:
 
     steps = {path.parent: read_step(path.parent) for path in sorted(folder.glob(f"**/{STEP_FILE}"))}
     bundles = sorted(str(path) for path in folder.glob("**/*.cl4wsis"))
-    if not steps and not bundles:
+    unfinished = sorted(str(path) for path in folder.glob("**/step-*.partial") if path not in steps)
+    if not steps and not bundles and not unfinished:
         raise RunError(f"{folder}: is neither a plan, a run folder, a trained step nor a bundle")
     if as_json:
         entries = [{"folder": str(path), **info.model_dump(mode="json")} for path, info in steps.items()]
-        print_json({"kind": "run", "folder": str(folder), "steps": entries, "bundles": bundles})
+        found = {"steps": entries, "unfinished": unfinished, "bundles": bundles}
+        print_json({"kind": "run", "folder": str(folder), **found})
         return
     rows = (
         (
@@ -109,6 +112,8 @@ def _inspect_run(folder: Path, as_json: bool) -> None:
         for path, info in steps.items()
     )
     print_table(f"run {folder}", ("step", "method", "new classes", "training", "weights"), rows)
+    if unfinished:
+        print_table("Unfinished, 'cl4wsis train-step' goes on with them", ("path",), ([path] for path in unfinished))
     if bundles:
         print_table("Bundles", ("path",), ([path] for path in bundles))
 
@@ -130,6 +135,9 @@ def _inspect_bundle(path: Path, as_json: bool) -> None:
     _print_classes(manifest.classes)
     if manifest.accuracy:
         print_fields("Accuracy", _leaves(manifest.accuracy))
+    if manifest.checks:
+        checks = ((c.precision, c.post, c.backend, c.data, c.checked, _verdict(c)) for c in manifest.checks)
+        print_table("Checks", ("precision", "post", "backend", "images", "time", "result"), checks)
 
 
 def _bundle_fields(manifest: "Manifest") -> list[tuple[str, object]]:
@@ -151,6 +159,10 @@ def _bundle_fields(manifest: "Manifest") -> list[tuple[str, object]]:
         ("created", manifest.created or None),
         ("versions", _flat(manifest.versions)),
     ]
+
+
+def _verdict(check: "VariantCheck") -> str:
+    return "passed" if check.passed else f"FAILED: {'; '.join(check.problems)}"
 
 
 def _print_classes(classes: "tuple[ClassInfo, ...]") -> None:

@@ -39,7 +39,7 @@ def print_report(report: "EvaluationReport", title: str) -> None:
             continue
         rows.append((f"mean {group}", None, *(percent(getattr(means, group)) for means in measures)))
     columns = ("class", "objects#", "AP50#", "AP#", "AP .5:.9#", "COCO AP#", "IoU#")
-    print_table(f"{title}, {report.num_images} images", columns, rows)
+    print_table(f"{title}, {report.num_images} images; mean IoU of all with background", columns, rows)
 
 
 def print_steps(reports: Mapping[str, Mapping[int, "EvaluationReport"]], title: str) -> None:

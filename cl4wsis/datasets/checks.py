@@ -133,9 +133,9 @@ def check_sources(plan: Plan, step: int) -> StepSummary:
     survey.add_step(step)
     survey.add_evaluation(step)
     survey.decode(None)
-    raise_problems([finding.message for finding in survey.findings if finding.is_broken])
-    for finding in survey.findings:
-        logger.warning("%s", finding.message)
+    raise_problems(list(dict.fromkeys(finding.message for finding in survey.findings if finding.is_broken)))
+    for message in dict.fromkeys(finding.message for finding in survey.findings):
+        logger.warning("%s", message)
     return survey.steps[0]
 
 

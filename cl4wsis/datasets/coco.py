@@ -19,6 +19,7 @@ from cl4wsis.datasets.pictures import VOID_ID, Listing, MaskFinding, is_valid_bo
 from cl4wsis.datasets.problems import ProblemsError
 from cl4wsis.errors import DataError
 from cl4wsis.masks import mask_from_segmentation
+from cl4wsis.tasks import class_name
 
 _KEPT_LISTINGS = 4
 _BORDER_TOLERANCE = 1.0  # px; tools write polygons that run along, or just beyond, the outer edge
@@ -225,7 +226,8 @@ def _list_instances(
 def _category_names(
     coco: _CocoFile, names_by_id: Mapping[int | str, str] | None, rename: Mapping[str, str]
 ) -> tuple[dict[int | str, str], list[str]]:
-    known = {category.id: category.name for category in coco.categories} if names_by_id is None else dict(names_by_id)
+    given = {category.id: category.name for category in coco.categories} if names_by_id is None else dict(names_by_id)
+    known = {key: name and class_name(name) for key, name in given.items()}
     nameless = [key for key, name in known.items() if name is None]
     problems = [f"category {key!r} has no name; add one, or set kind = 'sbd' for SBD's file" for key in nameless]
     return {key: rename.get(name, name) for key, name in known.items() if name is not None}, problems

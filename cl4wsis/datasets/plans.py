@@ -157,7 +157,9 @@ def missing_evaluation_classes(plan: Plan, data: FileData, step: int, listing: M
     """Describe the classes seen so far that the evaluation images do not know, unless the plan allows for it."""
     seen_names = plan.split(step).seen_names
     if not data.val_lacks_classes:
-        return describe_missing(seen_names, listing.class_names, listing.file)
+        problems = describe_missing(seen_names, listing.class_names, listing.file)
+        way_out = "; if it cannot be measured there, set data.val_lacks_classes = true"
+        return [f"{problem}{way_out}" for problem in problems]
     if not set(seen_names).isdisjoint(listing.class_names):
         return []
     listed = ", ".join(seen_names[:LISTED_PROBLEMS]) + (", ..." if len(seen_names) > LISTED_PROBLEMS else "")

@@ -9,6 +9,7 @@ from cl4wsis.datasets.coco import describe_repeated, image_path, read_bytes
 from cl4wsis.datasets.pictures import TaggedImage
 from cl4wsis.datasets.problems import raise_problems
 from cl4wsis.errors import DataError
+from cl4wsis.tasks import class_name
 
 _CSV_HEADERS = {"file", "file_name", "filename", "image", "image_name", "name", "path"}
 
@@ -48,7 +49,8 @@ def read_tag_rows(path: Path) -> list[tuple[str, list[str]]]:
         text = read_bytes(path).decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: is not UTF-8 text") from error
-    rows = _parse_csv_tags(text, path) if path.suffix.lower() == ".csv" else _parse_json_tags(text, path)
+    found = _parse_csv_tags(text, path) if path.suffix.lower() == ".csv" else _parse_json_tags(text, path)
+    rows = [(name, [class_name(tag) for tag in tags]) for name, tags in found]
     names = (str(PurePosixPath(name)) for name, _ in rows)  # ./a.jpg is a.jpg
     raise_problems([f"{path}: {problem}" for problem in describe_repeated("file name", names)])
     return rows

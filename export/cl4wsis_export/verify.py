@@ -50,17 +50,18 @@ def verification_frames(
         rule: of the network's input.
         count: number of images.
         seed: of drawn pictures.
-        images: (h, w, 3) uint8 RGB, taken first; drawn shapes fill up what is missing.
+        images: (h, w, 3) uint8 RGB; drawn shapes when there are none.
 
     Returns:
-        (count, H, W, 3) uint8 RGB.
+        (B, H, W, 3) uint8 RGB; fewer than ``count`` if there are fewer images.
     """
-    chosen = list(images or ())[:count]
-    for index in range(len(chosen), count):
-        generator = np.random.default_rng([seed, index])
-        names = generator.choice(SHAPE_NAMES, size=4).tolist()
-        chosen.append(draw_picture(generator, names, max(rule.size)).image)
+    chosen = list(images or ())[:count] or [_draw_shapes(seed, index, max(rule.size)) for index in range(count)]
     return np.stack([prepare_image(image, rule)[0] for image in chosen])
+
+
+def _draw_shapes(seed: int, index: int, side: int) -> NDArray[np.uint8]:
+    generator = np.random.default_rng([seed, index])
+    return draw_picture(generator, generator.choice(SHAPE_NAMES, size=4).tolist(), side).image
 
 
 def verify_graph(

@@ -78,6 +78,26 @@ def test_run_lists_steps_and_bundles(run: Path) -> None:
     assert content["bundles"] == [str(run / "colors.cl4wsis")]
 
 
+def test_run_tells_what_is_unfinished(run: Path, tmp_path: Path) -> None:
+    for folder in (run, tmp_path / "fresh"):
+        (folder / "step-2.partial").mkdir(parents=True)
+        text = inspect(str(folder))
+        assert "step-2.partial" in text
+        assert "train-step" in text
+        assert json.loads(inspect(str(folder), "--json"))["unfinished"] == [str(folder / "step-2.partial")]
+
+
+def test_bundle_shows_the_results_of_verify(run: Path) -> None:
+    path = run / "golden.cl4wsis"
+    write_color_bundle(path, num_golden=1)
+    assert "Checks" not in inspect(str(path))
+    arguments = ["verify", str(path), "--backend", "onnxruntime", "--post", "host"]
+    assert RUNNER.invoke(app, arguments).exit_code == 0
+    shown = inspect(str(path)).partition("Checks")[2]
+    assert "onnxruntime" in shown
+    assert "passed" in shown
+
+
 @pytest.mark.parametrize("inner", ["", "model.onnx"], ids=["bundle", "lone graph"])
 def test_bundle(run: Path, inner: str) -> None:
     path = str(run / "colors.cl4wsis" / inner)

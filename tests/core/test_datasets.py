@@ -547,3 +547,17 @@ def test_a_file_is_read_again_once_it_has_changed(tmp_path: Path, monkeypatch: p
     after = coco.list_instances(path, tmp_path / "train")
     assert before[0].pictures[0].class_names
     assert not after.pictures[0].class_names
+
+
+@pytest.mark.parametrize("written", ["K\u00e4tzchen", "Ka\u0308tzchen"])
+@pytest.mark.parametrize("planned", ["K\u00e4tzchen", "Ka\u0308tzchen"])
+def test_accents_may_be_one_character_or_two(tmp_path: Path, written: str, planned: str) -> None:
+    write_source(tmp_path, "train")
+    edit_json(tmp_path / "train.json", categories=[{"id": 1, "name": written}, {"id": 2, "name": "dog"}])
+    (tmp_path / "tags.json").write_text(json.dumps({"1.png": [written]}))
+    source = {"images": "train", "instances": "train.json", "tags": "tags.json"}
+    data = {"kind": "coco", "root": str(tmp_path), "train": source, "val": source}
+    plan = Plan.model_validate({"name": "pets", "steps": [["dog"], [planned]], "data": data})
+    assert plan.steps[1] == ("K\u00e4tzchen",)
+    assert {"K\u00e4tzchen"} < set(coco.list_instances(tmp_path / "train.json", tmp_path / "train").class_names)
+    assert load_tagged_pictures(plan, 1)[0].tags == {"K\u00e4tzchen"}

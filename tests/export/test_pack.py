@@ -191,12 +191,15 @@ def test_overrides_start_from_the_plan(step_info: StepInfo) -> None:
         spec_for_step(step_info, ["grouping.max_instance=7"])
 
 
-def test_given_images_come_before_drawn_ones(step_info: StepInfo) -> None:
+def test_shapes_are_drawn_only_where_no_image_is_given(step_info: StepInfo) -> None:
     image = np.full((32, 96, 3), 200, np.uint8)
     frames = verification_frames(step_info.input, 2, seed=0, images=[image])
-    assert frames.shape == (2, 64, 96, 3)
+    assert frames.shape == (1, 64, 96, 3)
     assert (frames[0, :32] == 200).all()
-    assert frames[1].std() > 1
+    drawn = verification_frames(step_info.input, 2, seed=0)
+    assert drawn.shape == (2, 64, 96, 3)
+    assert min(drawn[0].std(), drawn[1].std()) > 1
+    assert (drawn[0] != drawn[1]).any()
 
 
 def test_manifest_is_plain_json(bundle_path: Path) -> None:

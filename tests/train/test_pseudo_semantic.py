@@ -98,6 +98,16 @@ def test_self_training_target_matches_the_formula(seed):
     assert int(target.sum(1).max()) == 1
 
 
+@pytest.mark.parametrize(("probability", "is_taught"), [(0.19, False), (0.21, True)])
+def test_a_class_that_is_weak_everywhere_teaches_nothing(probability, is_taught):
+    rest = (1 - 0.1 - probability) / 3
+    probs = torch.tensor([[0.9, 0.025, 0.025, 0.025, 0.025], [0.1, rest, rest, probability, rest]])  # (pixels, C)
+    cam_logits = probs.log().T.reshape(1, 5, 1, 2)
+    tags = torch.tensor([[0.0, 0, 1, 0]])
+    target = self_training_target(cam_logits, torch.zeros(1, 3, 1, 2), tags, lambda images, maps: maps)
+    assert target[0, :, 0].tolist() == [[True, False], [False] * 2, [False] * 2, [False, is_taught], [False] * 2]
+
+
 def test_images_do_not_influence_each_other():
     cam_logits, old_probs, image_labels = random_case()
     images = torch.rand(3, 3, 12, 12, generator=torch.Generator().manual_seed(1))

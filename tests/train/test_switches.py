@@ -154,6 +154,63 @@ def test_tags_of_old_classes_clean_the_segmenters_target_where_the_recipe_says_s
     assert seen["target"][0, 0, 0, 0] > 0  # background is always there
 
 
+@pytest.mark.parametrize("all_seen", [False, True])
+def test_tags_of_old_classes_reach_every_loss_of_the_localizer(all_seen: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first old class is in the image, the second is not; without tags of old classes nobody knows."""
+    phase = tiny_phase(f"all_seen_labels={str(all_seen).lower()}", "recipe.semantic.random_dropout_background=false")
+    tags = torch.tensor([[1.0, 0, 0, 0, 1, 0]])
+    taught = []
+
+    def classify(pooled: Tensor, labels: Tensor) -> Tensor:
+        taught.append(labels[0].tolist())
+        return pooled.sum()
+
+    with monkeypatch.context() as patch:
+        patch.setattr("cl4wsis_train.phases.semantic.classification_loss", classify)
+        phase._tag_losses(torch.zeros(1, 7, 4, 4), tags)
+    assert taught == [tags[0].tolist() if all_seen else [1, 0], [1, 0]]  # of the localizer, of the peak generator
+
+    guides = []
+
+    def spy(logits: Tensor, guide: Tensor) -> Tensor:
+        guides.append(guide)
+        return logits.sum()
+
+    monkeypatch.setattr("cl4wsis_train.phases.semantic.localizer_distillation_loss", spy)
+    phase.eval()(batch(tags), epoch=0)
+    held = guides[0].amax((0, 2, 3)) > 0
+    assert held.tolist() == [True, True, *([not all_seen] * 3)]
+
+    dropped = []
+
+    def drop(logits: Tensor, mask: Tensor, classes: Tensor, count: Tensor) -> Tensor:
+        dropped.append(classes[mask])
+        return logits.sum()
+
+    monkeypatch.setattr("cl4wsis_train.phases.semantic.random_dropout_loss", drop)
+    found = torch.zeros(1, 7, 16, 16)
+    found[:, 5] = 9.0
+    torch.manual_seed(0)
+    phase._self_supervised_losses(batch(tags), found, found)
+    assert set(dropped[0].tolist()) == ({1} if all_seen else {1, 2, 3, 4})
+
+
+@pytest.mark.parametrize("clip", [False, True])
+def test_self_training_sees_new_classes_as_the_published_code_does(clip: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    phase = tiny_phase(f"recipe.semantic.clip_new_logits={str(clip).lower()}")
+    seen = []
+
+    def spy(logits: Tensor, target: Tensor, labels: Tensor) -> Tensor:
+        seen.append(logits)
+        return logits.sum()
+
+    monkeypatch.setattr("cl4wsis_train.phases.semantic.self_training_loss", spy)
+    logits = torch.full((2, 7, 4, 4), -2.0)
+    phase._self_supervised_losses(batch(), logits, logits)
+    assert seen[0][:, :5].unique().tolist() == [-2.0]
+    assert seen[0][:, 5:].unique().tolist() == [0.0 if clip else -2.0]
+
+
 @pytest.mark.parametrize("proposals", ["refine", "replace", "ignore"])
 def test_proposals_shape_the_semantic_target_as_the_recipe_says(
     proposals: str, monkeypatch: pytest.MonkeyPatch

@@ -286,6 +286,7 @@ class _StepTraining:
             return InstanceSegmenter(self._network_settings(self.recipe.network), counts), None
         old_network, info = load_step(self.previous)
         settings = info.network.model_copy(update={"weights": "none", **_training_settings(self.recipe)})
+        _tell_unused(info.network, self.recipe.network, self.report)
         network = InstanceSegmenter(self._network_settings(settings), counts)
         network.load_previous(old_network.state_dict())
         return network, old_network
@@ -443,6 +444,14 @@ def _flushed_denormals() -> Iterator[None]:
 def _training_settings(recipe: Recipe) -> dict[str, Any]:
     """Return the fields of the network's settings that say how it learns; the others are those of step 0."""
     return {name: getattr(recipe.network, name) for name in LEARNING_FIELDS}
+
+
+def _tell_unused(of_step_0: NetworkSettings, wanted: NetworkSettings, report: Callable[[str], None]) -> None:
+    """Say which fields of the recipe are without effect, as they describe the weights of step 0."""
+    for name in type(wanted).model_fields:
+        found, value = getattr(of_step_0, name), getattr(wanted, name)
+        if name not in (*LEARNING_FIELDS, "weights") and found != value:
+            report(f"recipe.network.{name} stays {found!r}, as in step 0; {value!r} needs a step 0 of its own")
 
 
 def _class_counts(plan: Plan, step: int) -> tuple[int, ...]:
