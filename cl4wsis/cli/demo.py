@@ -48,7 +48,7 @@ def demo(
         train_all(tuned, folder, device)
         reports["fine-tuned"] = measured_steps(tuned, folder)
     pictures = predict_pictures(bundles[plan.num_steps - 1], plan, folder / "pictures")
-    note(f"{pictures} holds overlays, id maps and COCO results of {_NUM_PICTURES} pictures")
+    note(f"{pictures} holds overlays, id maps and a COCO file of {_NUM_PICTURES} pictures")
     if as_json:
         print_json({**steps_as_json(reports), "seconds": round(time.monotonic() - start, 1)})
     else:

@@ -37,7 +37,7 @@ class AnnotatedImage:
     class_names: tuple[str, ...]
     """(N,) class of each instance, in file order."""
     segmentations: tuple[Any, ...]
-    """(N,) COCO polygons or RLE; decoded on demand."""
+    """(N,) COCO polygons, as arrays, or RLE; decoded on demand."""
     crowd_names: tuple[str, ...]
     """Class of each crowd region."""
     crowd_segmentations: tuple[Any, ...]
@@ -253,11 +253,22 @@ def _annotated_image(
         height=image.height,
         width=image.width,
         class_names=tuple(names[annotation.category_id] for annotation in instances),
-        segmentations=tuple(annotation.segmentation for annotation in instances),
+        segmentations=tuple(_compact(annotation.segmentation) for annotation in instances),
         crowd_names=tuple(names[annotation.category_id] for annotation in crowds),
-        crowd_segmentations=tuple(annotation.segmentation for annotation in crowds),
+        crowd_segmentations=tuple(_compact(annotation.segmentation) for annotation in crowds),
         has_valid_box=any(_is_valid(annotation) for annotation in instances),
     )
+
+
+def _compact(segmentation: Any) -> Any:
+    """Keep polygons as arrays, which take a third of the memory of lists; what is no polygon is refused in decoding."""
+    if not isinstance(segmentation, list):
+        return segmentation
+    try:
+        polygons = [np.array(polygon) for polygon in segmentation]
+    except ValueError:
+        return segmentation
+    return polygons if all(polygon.dtype.kind in "iuf" for polygon in polygons) else segmentation
 
 
 def _is_valid(annotation: _CocoAnnotation) -> bool:

@@ -1,6 +1,7 @@
 """Several processes train like one: on CPUs with gloo; GPUs differ in the collectives' transport alone."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -45,13 +46,18 @@ def test_two_processes_give_the_losses_of_one_in_every_phase(tmp_path: Path) -> 
 
 
 @pytest.mark.slow
-def test_processes_refuse_broken_data_together(tmp_path: Path) -> None:
-    """One of them checks the data."""
-    command = [sys.executable, processes.__file__, "2", str(tmp_path), "0", *GENTLE, 'steps=[["disc"],["unicorn"]]']
+@pytest.mark.parametrize(
+    ("assignment", "error"),
+    [
+        ('steps=[["disc"],["unicorn"]]', "DataError: .*unicorn"),  # found by the one that checks the data
+        ("recipe.base.batch_size=3", "ConfigError: .*batch_size 3 cannot be shared evenly by 2 processes"),
+    ],
+)
+def test_processes_refuse_together_what_cannot_work(tmp_path: Path, assignment: str, error: str) -> None:
+    command = [sys.executable, processes.__file__, "2", str(tmp_path), "0", *GENTLE, assignment]
     finished = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert finished.returncode != 0
-    assert finished.stderr.count("DataError: ") == 2
-    assert "unicorn" in finished.stderr
+    assert len(re.findall(error, finished.stderr)) == 2
 
 
 @pytest.mark.slow

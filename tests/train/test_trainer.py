@@ -164,6 +164,15 @@ def shown_iterations(run: Path) -> dict[str, list[int]]:
     return {tag: [event.step for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
 
 
+def test_what_a_later_step_cannot_change_is_told(run: Path, tmp_path: Path) -> None:
+    (tmp_path / "step-0").symlink_to(step_folder(run, 0))
+    plan = tiny_plan("recipe.network.output_stride=8", "recipe.network.head_init=prior")
+    lines: list[str] = []
+    train_step(plan, 1, tmp_path, fabric=build_fabric(plan, "cpu"), evaluate=False, report=lines.append)
+    found = [line for line in lines if line.startswith("recipe.network.")]
+    assert found == ["recipe.network.output_stride stays 16, as in step 0; 8 needs a step 0 of its own"]
+
+
 def test_weights_can_be_read_by_whom_the_folder_allows(run: Path, tmp_path: Path) -> None:
     path = tmp_path / "a.safetensors"
     (tmp_path / "b").touch()
