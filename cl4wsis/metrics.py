@@ -230,6 +230,15 @@ class Evaluation:
         self._matches.append(matches)
         self._images.append(_coco_image(index, prediction, ground_truth))
 
+    def ap50(self, images: Sequence[int] | NDArray[np.int64]) -> GroupMeans:
+        """Return VOC-style AP50 on some of the images, each counted as often as it is listed.
+
+        Drawn again and again with replacement, images tell how far a value, or the difference of two evaluations of
+        the same images, depends on which images there are (bootstrap, Efron 1979).
+        """
+        chosen = [self._matches[index] for index in images]
+        return _group_means(_voc_average_precision(chosen, self.split.num_classes, (0.5,))[:, 0], self.split)
+
     def report(self) -> EvaluationReport:
         """Return what was measured on the images so far."""
         split, num_classes = self.split, self.split.num_classes

@@ -296,6 +296,17 @@ def test_evaluation_keeps_no_maps():
     assert len(evaluation) == evaluation.report().num_images == 1
 
 
+def test_ap50_of_images_drawn_with_replacement():
+    evaluation = Evaluation(STEP_1)
+    right, wrong, other = row("1100", [0]), row("0011", [0]), row("1100", [2])
+    for prediction, truth in ((right, right), (wrong, right), (other, other)):
+        evaluation.add(prediction, truth)
+    assert evaluation.ap50(range(3)) == evaluation.report().ap50
+    assert evaluation.ap50([0, 0]).model_dump() == {"old": 1.0, "new": None, "all": 1.0}
+    assert evaluation.ap50([1, 1, 2]).model_dump() == {"old": 0.0, "new": 1.0, "all": 0.5}
+    assert evaluation.ap50([0, 1, 1, 1]).old == pytest.approx(1 / 4)
+
+
 def test_more_classes_than_a_byte_holds():
     split = ClassSplit(step=0, old_names=(), new_names=tuple(str(label) for label in range(300)))
     report = evaluated([row("1122", [254, 299])], [row("1122", [254, 299])], split)
