@@ -38,9 +38,12 @@ class AnnotatedImage:
     """(N,) class of each instance, in file order."""
     segmentations: tuple[Any, ...]
     """(N,) COCO polygons, as arrays, or RLE; decoded on demand."""
+    ids: tuple[int | str | None, ...]
+    """(N,) annotation id of each instance, for messages."""
     crowd_names: tuple[str, ...]
     """Class of each crowd region."""
     crowd_segmentations: tuple[Any, ...]
+    crowd_ids: tuple[int | str | None, ...]
     has_valid_box: bool
     """Whether at least one box is longer than 1 px on both sides."""
 
@@ -72,11 +75,13 @@ class AnnotatedImage:
         """
         label_of = {name: label for label, name in enumerate(class_names)}
         instance_ids = np.zeros((self.height, self.width), np.int32)
-        for name, segmentation in zip(self.crowd_names, self.crowd_segmentations, strict=True):
+        for name, segmentation, number in zip(self.crowd_names, self.crowd_segmentations, self.crowd_ids, strict=True):
             if name in label_of:
-                instance_ids[self._decode(name, segmentation)] = VOID_ID
+                instance_ids[self._decode(self._call(name, number), segmentation)] = VOID_ID
         kept = [row for row, name in enumerate(self.class_names) if name in label_of]
-        masks = [self._decode(self.class_names[row], self.segmentations[row]) for row in kept]
+        masks = [
+            self._decode(self._call(self.class_names[row], self.ids[row]), self.segmentations[row]) for row in kept
+        ]
         areas = [int(mask.sum()) for mask in masks]
         for index in sorted(range(len(masks)), key=lambda row: -areas[row]):
             instance_ids[masks[index]] = index + 1
@@ -88,15 +93,18 @@ class AnnotatedImage:
         names = (*self.class_names, *self.crowd_names)
         segmentations = (*self.segmentations, *self.crowd_segmentations)
         findings = []
-        for name, segmentation in zip(names, segmentations, strict=True):
+        for name, segmentation, number in zip(names, segmentations, (*self.ids, *self.crowd_ids), strict=True):
             if name in wanted:
-                findings += self._check_mask(name, segmentation)
+                findings += self._check_mask(self._call(name, number), segmentation)
         return findings
 
-    def _check_mask(self, name: str, segmentation: Any) -> list[MaskFinding]:
-        where = f"{self.name}: mask of '{name}'"
+    def _call(self, name: str, number: int | str | None) -> str:
+        """Name a mask so that it is found in the file."""
+        return f"{self.name}: mask of '{name}'" + ("" if number is None else f" (annotation {number})")
+
+    def _check_mask(self, where: str, segmentation: Any) -> list[MaskFinding]:
         try:
-            mask = self._decode(name, segmentation)
+            mask = self._decode(where, segmentation)
         except DataError as error:
             return [MaskFinding("unreadable mask", str(error))]
         found = []
@@ -110,11 +118,11 @@ class AnnotatedImage:
                 found.append(MaskFinding("mask out of bounds", text))
         return found
 
-    def _decode(self, name: str, segmentation: Any) -> NDArray[np.bool_]:
+    def _decode(self, where: str, segmentation: Any) -> NDArray[np.bool_]:
         try:
             return mask_from_segmentation(segmentation, self.height, self.width)
         except (ValueError, TypeError, KeyError) as error:
-            raise DataError(f"{self.name}: mask of '{name}': {error}") from error
+            raise DataError(f"{where}: {error}") from error
 
 
 class _CocoImage(BaseModel):
@@ -254,8 +262,10 @@ def _annotated_image(
         width=image.width,
         class_names=tuple(names[annotation.category_id] for annotation in instances),
         segmentations=tuple(_compact(annotation.segmentation) for annotation in instances),
+        ids=tuple(annotation.id for annotation in instances),
         crowd_names=tuple(names[annotation.category_id] for annotation in crowds),
         crowd_segmentations=tuple(_compact(annotation.segmentation) for annotation in crowds),
+        crowd_ids=tuple(annotation.id for annotation in crowds),
         has_valid_box=any(_is_valid(annotation) for annotation in instances),
     )
 

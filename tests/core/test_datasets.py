@@ -458,7 +458,7 @@ def damage(root: Path, what: str) -> None:
         rle = {"size": [5, 5], "counts": [0, 5, 20]}
         edit_json(root / "train.json", annotations=[annotate(1, 1, (0, 0, 4, 4), segmentation=rle)])
     elif what == "no mask":
-        edit_json(root / "train.json", annotations=[annotate(1, 1, (0, 0, 4, 4), segmentation=None)])
+        edit_json(root / "train.json", annotations=[annotate(1, 1, (0, 0, 4, 4), segmentation=None, id=17)])
     elif what == "no folder":
         (root / "train").rename(root / "moved")
 
@@ -470,7 +470,7 @@ def damage(root: Path, what: str) -> None:
         ("truncated", "train/1.png: ends before the image is complete"),
         ("other size", "train/1.png: is 6x8 px (width x height), but annotated as 8x6"),
         ("mask size", "1.png: mask of 'cat': mask of size [5, 5] in an image of size [6, 8]"),
-        ("no mask", "1.png: mask of 'cat': segmentation is neither RLE nor a polygon"),
+        ("no mask", "1.png: mask of 'cat' (annotation 17): segmentation is neither RLE nor a polygon"),
         ("no folder", "train: is not a folder of images"),
     ],
 )
