@@ -3,7 +3,6 @@
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from itertools import islice
 from pathlib import Path
 from threading import Lock
 from typing import Literal, TypeVar
@@ -142,6 +141,10 @@ class Predictor:
     ) -> Iterator[tuple[SourceT, Instances | Cl4wsisError]]:
         """Predict any number of images in bounded memory; files are read by other threads while the graph runs.
 
+        An array is fitted as soon as it is taken, so a camera may fill the same one again and again, and no source is
+        taken beyond the batch that it completes: the answers come before the next picture has to exist. Where sources
+        end with an exception, all that were given before it are answered first.
+
         Args:
             sources: paths or (H, W, 3) uint8 RGB images.
             batch_size: images per run of the graph.
@@ -150,23 +153,51 @@ class Predictor:
             Each source, in order, with its instances, or with the error if it cannot be read.
 
         Raises:
+            ValueError: an array has another shape or type.
             BackendError: the runtime failed.
         """
         if batch_size < 1:
             raise ValueError(f"batch_size must be positive, found {batch_size}")
         remaining = iter(sources)
         waiting: deque[tuple[SourceT, Future[_Prepared]]] = deque()
+        failure: Exception | None = None
         reader = ThreadPoolExecutor(max_workers=_READERS, thread_name_prefix="cl4wsis-read")
         try:
             while True:
-                for source in islice(remaining, 2 * batch_size - len(waiting)):
-                    waiting.append((source, reader.submit(self._prepare, source)))
+                if failure is None:
+                    failure = self._take(remaining, waiting, batch_size, reader)
                 if not waiting:
-                    return
+                    break
                 batch = [waiting.popleft() for _ in range(min(batch_size, len(waiting)))]
                 yield from self._answer([(source, future.result()) for source, future in batch])
         finally:
             reader.shutdown(wait=True, cancel_futures=True)
+        if failure is not None:
+            raise failure
+
+    def _take(
+        self,
+        sources: Iterator[SourceT],
+        waiting: deque[tuple[SourceT, Future[_Prepared]]],
+        batch_size: int,
+        reader: ThreadPoolExecutor,
+    ) -> Exception | None:
+        """Take sources for the next batch, and of files also those for the one after it.
+
+        Returns:
+            The error with which the sources end, if they do.
+        """
+        try:
+            for source in sources:
+                future = reader.submit(self._prepare, source)
+                if is_array := isinstance(source, np.ndarray):
+                    future.result()  # whoever gave the array may change it when asked for the next one
+                waiting.append((source, future))
+                if len(waiting) >= (batch_size if is_array else 2 * batch_size):
+                    break
+        except Exception as error:  # whatever the caller's iterator raises
+            return error
+        return None
 
     def _prepare(self, source: Source) -> _Prepared:
         try:

@@ -1,11 +1,12 @@
 """The Predictor over a real graph on ONNX Runtime, and over recorded outputs."""
 
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
-from bundles import RED, SIZE, SLOTS, color_image, color_manifest, write_color_bundle
+from bundles import BLUE, GRAY, RED, SIZE, SLOTS, color_image, color_manifest, write_color_bundle
 
 from cl4wsis.errors import BackendError, BundleError, DataError
 from cl4wsis.images import write_png
@@ -114,6 +115,65 @@ def test_stream_holds_two_batches_at_most() -> None:
     before = threading.active_count()
     stream.close()
     assert threading.active_count() < before
+
+
+def color_of(found: Instances | Exception) -> list[int]:
+    assert isinstance(found, Instances)
+    return found.labels.tolist()
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 4, 100])
+def test_a_camera_may_fill_one_array_again_and_again(predictor: Predictor, batch_size: int) -> None:
+    buffer = np.empty((*SIZE, 3), np.uint8)
+
+    def camera() -> Iterator[np.ndarray]:
+        for color in (RED, BLUE, GRAY) * 3:
+            buffer[:] = color
+            yield buffer
+
+    answers = [color_of(found) for _, found in predictor.stream(camera(), batch_size)]
+    assert answers == [[0], [1], []] * 3
+
+
+@pytest.mark.parametrize("batch_size", [1, 2])
+def test_no_array_is_taken_before_the_answers_of_its_batch_are_there(predictor: Predictor, batch_size: int) -> None:
+    taken = 0
+
+    def camera() -> Iterator[np.ndarray]:
+        nonlocal taken
+        while True:
+            taken += 1
+            yield color_image()
+
+    stream = predictor.stream(camera(), batch_size)
+    for number in range(1, 6):
+        next(stream)
+        assert taken == -(-number // batch_size) * batch_size
+
+
+@pytest.mark.parametrize("as_files", [True, False])
+@pytest.mark.parametrize("batch_size", [1, 2, 3, 5, 8])
+def test_sources_before_a_failing_one_are_answered(
+    predictor: Predictor, tmp_path: Path, batch_size: int, as_files: bool
+) -> None:
+    write_png(tmp_path / "a.png", color_image())
+
+    def failing() -> Iterator[Path | np.ndarray]:
+        for _ in range(5):
+            yield tmp_path / "a.png" if as_files else color_image()
+        raise ConnectionError("the camera is gone")
+
+    answers = []
+    with pytest.raises(ConnectionError, match="the camera is gone"):
+        answers.extend(color_of(found) for _, found in predictor.stream(failing(), batch_size))
+    assert answers == [[0, 1]] * 5
+
+
+def test_arrays_before_an_impossible_one_are_answered(predictor: Predictor) -> None:
+    answers = []
+    with pytest.raises(ValueError, match="uint8 RGB, found"):
+        answers.extend(predictor.stream([color_image(), np.zeros((8, 8), np.uint8)], 2))
+    assert len(answers) == 1
 
 
 def test_unused_slots_are_dropped_wherever_they_stand() -> None:
