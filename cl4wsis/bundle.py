@@ -18,8 +18,8 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, BinaryIO, Literal
@@ -30,6 +30,7 @@ from cl4wsis.checks import Agreement, Limits, VariantCheck
 from cl4wsis.config import Settings
 from cl4wsis.errors import BundleError
 from cl4wsis.grouping import GroupingSpec
+from cl4wsis.locks import lock_folder
 from cl4wsis.steps import ClassInfo, InputRule, file_sha256, write_text_atomically
 
 FORMAT: Literal["cl4wsis-bundle/1"] = "cl4wsis-bundle/1"
@@ -46,6 +47,9 @@ Post = Literal["graph", "host"]
 """Where the grouping runs: within the graph, or in the runtime."""
 PRECISION_OPTIONS: Mapping[Precision, str] = {"float32": "fp32", "float16": "fp16", "int8": "int8"}
 """Precisions as the command line spells them."""
+
+Changes = Mapping[str, Any]
+"""New values of a manifest's fields."""
 
 _METADATA_PREFIX = "cl4wsis."
 _METADATA_FIELD = 14  # of ModelProto in onnx.proto
@@ -388,12 +392,15 @@ def check_destination(destination: Path) -> None:
         raise BundleError(f"{destination}: exists and is no bundle; move it away or choose another name with --out")
 
 
-def update_manifest(bundle: Bundle, changes: Mapping[str, Any]) -> None:
+def update_manifest(bundle: Bundle, changes: Changes | Callable[[Manifest], Changes]) -> None:
     """Change fields of a bundle's manifest; readers see the old manifest or the new one, never half of it.
+
+    Processes take turns, so that what one adds to a field is not lost to another, where changes are made of what stands
+    in the file.
 
     Args:
         bundle: an opened bundle folder.
-        changes: new values by field; the others stay as they stand in the file now.
+        changes: new values by field, or what makes them of the manifest in the file; other fields stay as they are.
 
     Raises:
         BundleError: the bundle is a lone graph, its manifest cannot be read or written, or a value is impossible.
@@ -401,12 +408,14 @@ def update_manifest(bundle: Bundle, changes: Mapping[str, Any]) -> None:
     if not bundle.path.is_dir():
         raise BundleError(f"{bundle.path}: is a graph by itself and has no manifest; open the bundle folder")
     path = bundle.path / MANIFEST_FILE
-    current = _read_manifest(bundle.path)
-    changed = _build_manifest({**current.model_dump(), **changes}, str(path))
-    try:
-        write_text_atomically(path, _manifest_text(changed))
-    except OSError as error:
-        raise BundleError(f"{path}: cannot be written: {error.strerror or error}") from error
+    with lock_folder(bundle.path, wait=True):
+        current = _read_manifest(bundle.path)
+        values = changes(current) if callable(changes) else changes
+        changed = _build_manifest({**current.model_dump(), **values}, str(path))
+        try:
+            write_text_atomically(path, _manifest_text(changed))
+        except OSError as error:
+            raise BundleError(f"{path}: cannot be written: {error.strerror or error}") from error
 
 
 def _manifest_text(manifest: Manifest) -> str:
@@ -421,31 +430,28 @@ def _replaced_folder(destination: Path) -> Iterator[Path]:
     temporary = destination.with_name(f".{destination.name}.{token}.tmp")
     old = destination.with_name(f".{destination.name}.{token}.old")
     temporary.mkdir()
-    lock = _lock(temporary)
-    try:
-        yield temporary
-        if destination.exists():
-            destination.rename(old)
+    with lock_folder(temporary):  # so that no other process takes it for a leftover
         try:
-            temporary.rename(destination)
-        except OSError:
-            if old.exists():
-                old.rename(destination)
-            raise
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
-        if lock is not None:
-            os.close(lock)
+            yield temporary
+            if destination.exists():
+                destination.rename(old)
+            try:
+                temporary.rename(destination)
+            except OSError:
+                if old.exists():
+                    old.rename(destination)
+                raise
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+            shutil.rmtree(old, ignore_errors=True)
 
 
 def _remove_leftovers(destination: Path) -> None:
     """Remove what a killed process left beside the destination; a bundle it had already put aside is put back."""
     for temporary in destination.parent.glob(f".{glob.escape(destination.name)}.*.tmp"):
-        lock = _lock(temporary)
-        if lock is not None:
-            shutil.rmtree(temporary, ignore_errors=True)
-            os.close(lock)
+        with suppress(BlockingIOError), lock_folder(temporary) as is_held:
+            if is_held:  # else nobody knows whether its process lives, and it stays under its hidden name
+                shutil.rmtree(temporary, ignore_errors=True)
     for old in destination.parent.glob(f".{glob.escape(destination.name)}.*.old"):
         if old.with_suffix(".tmp").exists():
             continue  # its process lives and is about to put the new bundle into this place
@@ -453,24 +459,6 @@ def _remove_leftovers(destination: Path) -> None:
             shutil.rmtree(old, ignore_errors=True)
         else:
             old.rename(destination)
-
-
-def _lock(folder: Path) -> int | None:
-    """Lock a folder for as long as this process lives; none if another process holds it or locks are unknown here."""
-    try:
-        import fcntl
-    except ImportError:  # Windows: leftovers stay under their hidden names
-        return None
-    try:
-        handle = os.open(folder, os.O_RDONLY)
-    except OSError:
-        return None
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        os.close(handle)
-        return None
-    return handle
 
 
 def _read_manifest(folder: Path) -> Manifest:

@@ -98,12 +98,14 @@ def predict_sources(
     """
     from cl4wsis.cli.console import note
     from cl4wsis_serve.files import find_images
+    from cl4wsis_serve.writers import locked_results
 
     images = find_images(sources, skip=[out / "ids", out / "overlay"])
     note(f"images: {len(images)}")
     predictor = (runtime or Runtime()).open(bundle)
     ids, writers = _build_writers(predictor, out, formats, min_score)
-    summary = _predict_all(predictor, images, ids if resume else None, writers, batch_size, min_score)
+    with locked_results(out):
+        summary = _predict_all(predictor, images, ids if resume else None, writers, batch_size, min_score)
     chosen = {
         "backend": predictor.backend.name,
         "precision": predictor.precision,

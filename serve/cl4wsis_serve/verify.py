@@ -11,14 +11,14 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from cl4wsis import __version__
 from cl4wsis.agreement import AgreementCounter
-from cl4wsis.bundle import Bundle, Post, Precision, VariantInfo, open_bundle, update_manifest
+from cl4wsis.bundle import Bundle, Manifest, Post, Precision, VariantInfo, update_manifest
 from cl4wsis.checks import Agreement, GroupValues, Limits, VariantCheck, beyond_limits
 from cl4wsis.datasets import load_evaluation_set
 from cl4wsis.errors import BackendError
@@ -233,10 +233,13 @@ def store_checks(bundle: Bundle, checks: Sequence[VariantCheck]) -> None:
     Raises:
         BundleError: the manifest cannot be written, or the bundle is a lone graph.
     """
-    current = open_bundle(bundle.path).manifest
     replaced = {_key(check) for check in checks}
-    kept = [check for check in current.checks if _key(check) not in replaced]
-    update_manifest(bundle, {"checks": (*kept, *checks)})
+
+    def add(current: Manifest) -> dict[str, Any]:
+        kept = [check for check in current.checks if _key(check) not in replaced]
+        return {"checks": (*kept, *checks)}
+
+    update_manifest(bundle, add)
 
 
 def _key(check: VariantCheck) -> tuple[str, ...]:

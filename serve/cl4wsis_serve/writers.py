@@ -6,7 +6,7 @@ of single images, but no half COCO file.
 
 import json
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from cl4wsis.errors import DataError
 from cl4wsis.images import encode_jpeg, encode_png, read_image, write_bytes_atomically
 from cl4wsis.instances import Instances
+from cl4wsis.locks import lock_folder
 from cl4wsis.steps import ClassInfo, file_sha256
 
 
@@ -60,6 +61,24 @@ class Writer(Protocol):
     def has(self, image: ImageFile) -> bool:
         """Tell whether the answer for an image is there already, from an earlier run."""
         ...
+
+
+@contextmanager
+def locked_results(folder: Path) -> Iterator[None]:
+    """Make a folder for results and keep other processes from writing theirs into it at the same time.
+
+    Raises:
+        DataError: another process does, or the folder cannot be made.
+    """
+    _make_folder(folder)
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(lock_folder(folder))
+        except BlockingIOError as error:
+            raise DataError(
+                f"{folder}: another process writes results there; wait for it, or choose another folder with --out"
+            ) from error
+        yield
 
 
 class _FolderWriter:
@@ -249,11 +268,15 @@ class CocoWriter:
 
 def _prepare(path: Path) -> Path:
     """Make the folder of a file."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise DataError(f"{path.parent}: the folder cannot be made: {error.strerror or error}") from error
+    _make_folder(path.parent)
     return path
+
+
+def _make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DataError(f"{folder}: the folder cannot be made: {error.strerror or error}") from error
 
 
 def _json_bytes(content: Any) -> bytes:

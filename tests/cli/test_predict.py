@@ -16,6 +16,7 @@ from cl4wsis.cli.main import app
 from cl4wsis.cli.predict import newest_bundle
 from cl4wsis.errors import BundleError
 from cl4wsis.images import read_image, write_png
+from cl4wsis_serve.writers import locked_results
 
 RUNNER = CliRunner()
 
@@ -126,6 +127,17 @@ def test_results_inside_the_source_are_not_predicted_again(folder: Path) -> None
     RUNNER.invoke(app, ["predict", "photos", "--out", "photos/masks"])
     answer = RUNNER.invoke(app, ["predict", "photos", "--out", "photos/masks", "--json"])
     assert json.loads(answer.stdout)["images"] == 2
+
+
+def test_one_run_at_a_time_writes_into_a_folder(folder: Path) -> None:
+    with locked_results(Path("masks")):
+        answer = RUNNER.invoke(app, ["predict", "photos"])
+        elsewhere = RUNNER.invoke(app, ["predict", "photos", "--out", "others"])
+    assert answer.exit_code == 1
+    assert "error: masks: another process writes results there; wait for it, or choose another" in answer.stderr
+    assert list(Path("masks").iterdir()) == []
+    assert elsewhere.exit_code == 0
+    assert RUNNER.invoke(app, ["predict", "photos"]).exit_code == 0
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,8 @@
 """Changing a manifest: the new one or the old one, never half of it, and nothing else touched."""
 
+import errno
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -47,6 +50,35 @@ def test_what_changed_meanwhile_is_kept(bundle: Path) -> None:
     update_manifest(open_bundle(bundle), {"created": "yesterday"})
     update_manifest(opened, {"checks": (CHECK,)})
     assert open_bundle(bundle).manifest.created == "yesterday"
+
+
+def test_what_processes_add_at_once_is_kept(bundle: Path) -> None:
+    code = (
+        "import sys\nfrom pathlib import Path\nfrom cl4wsis.bundle import open_bundle, update_manifest\n"
+        "bundle = open_bundle(Path(sys.argv[1]))\nprint('ready', flush=True)\nsys.stdin.readline()\n"
+        "for n in range(40):\n"
+        "    update_manifest(bundle, lambda now: {'versions': {**now.versions, f'{sys.argv[2]}-{n}': '1'}})\n"
+    )
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    writers = [subprocess.Popen([sys.executable, "-c", code, str(bundle), name], **pipes) for name in "ab"]
+    for writer in writers:
+        assert writer.stdout.readline() == "ready\n"
+    for writer in writers:
+        writer.stdin.write("go\n")
+        writer.stdin.flush()
+    for writer in writers:
+        writer.communicate()
+        assert writer.returncode == 0
+    assert open_bundle(bundle).manifest.versions == {f"{name}-{n}": "1" for name in "ab" for n in range(40)}
+
+
+def test_a_read_only_bundle_is_named(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(path: Path, text: str) -> None:
+        raise OSError(errno.EROFS, "Read-only file system", str(path))
+
+    monkeypatch.setattr("cl4wsis.bundle.write_text_atomically", refuse)
+    with pytest.raises(BundleError, match=r"manifest\.json: cannot be written: Read-only file system"):
+        update_manifest(open_bundle(bundle), {"created": "today"})
 
 
 def test_an_impossible_value_changes_nothing(bundle: Path) -> None:

@@ -7,9 +7,8 @@ ended.
 """
 
 import json
-import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ from torch import Tensor, nn
 from cl4wsis.comparison import difference
 from cl4wsis.config import Settings
 from cl4wsis.errors import RunError
+from cl4wsis.locks import lock_folder
 from cl4wsis.steps import WEIGHTS_FILE, StepInfo, file_sha256, read_step
 from cl4wsis.tasks import Plan
 from cl4wsis_train.models.network import InstanceSegmenter
@@ -77,22 +77,12 @@ def locked_folder(folder: Path) -> Iterator[None]:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise RunError(f"{folder}: cannot be made: {error.strerror or error}") from error
-    try:
-        import fcntl
-    except ImportError:  # Windows has no such locks
-        yield
-        return
-    handle = os.open(folder, os.O_RDONLY)
-    try:
+    with ExitStack() as stack:
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            stack.enter_context(lock_folder(folder))
         except BlockingIOError as error:
             raise RunError(f"{folder}: another process trains this step; wait for it, or stop it first") from error
-        except OSError:  # some network file systems have no locks
-            pass
         yield
-    finally:
-        os.close(handle)
 
 
 def load_tensors(path: Path) -> dict[str, Tensor]:
