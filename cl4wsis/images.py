@@ -37,11 +37,19 @@ def read_image(path: str | Path) -> NDArray[np.uint8]:
     Raises:
         DataError: the file is missing, unreadable, truncated or no image; the message names it and the reason.
     """
+    return decode_image(read_bytes(path), name=str(path))
+
+
+def read_bytes(path: str | Path) -> bytes:
+    """Read a whole file.
+
+    Raises:
+        DataError: the file is missing or cannot be read.
+    """
     try:
-        content = Path(path).read_bytes()
+        return Path(path).read_bytes()
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror or error}") from error
-    return decode_image(content, name=str(path))
 
 
 def decode_image(content: bytes, name: str = "image") -> NDArray[np.uint8]:
@@ -88,10 +96,7 @@ def read_index_map(path: str | Path) -> NDArray[np.uint8] | NDArray[np.uint16]:
     Raises:
         DataError: the file is missing, truncated, no PNG, or shows colors instead of numbers.
     """
-    try:
-        content = Path(path).read_bytes()
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror or error}") from error
+    content = read_bytes(path)
     if not content.startswith(_PNG_START) or content[12:16] != b"IHDR":
         raise DataError(f"{path}: is not a PNG; masks of numbers are stored as PNG")
     if _is_truncated(content):

@@ -11,7 +11,7 @@ from cl4wsis.errors import Cl4wsisError, DataError
 from cl4wsis.images import IMAGE_SUFFIXES
 from cl4wsis.instances import Instances
 from cl4wsis_serve.predictor import Predictor
-from cl4wsis_serve.writers import IdsWriter, ImageFile, Writer
+from cl4wsis_serve.writers import IdsWriter, ImageFile, Picture, Writer
 
 
 @dataclass(frozen=True)
@@ -70,24 +70,23 @@ def predict_files(
     """
     pending = []
     for image in images:
-        earlier = finished.read(image) if finished else None
+        picture = Picture(image)
+        earlier = finished.read(picture) if finished else None
         if earlier is None:
             pending.append(image)
         else:
-            yield _write(image, earlier, [writer for writer in writers if not writer.has(image)])
-    by_path = {image.path: image for image in pending}
-    for path, result in predictor.stream([image.path for image in pending], batch_size):
-        image = by_path[path]
+            yield _write(picture, earlier, [writer for writer in writers if not writer.has(image)])
+    for picture, result in predictor.stream(map(Picture, pending), batch_size):
         if isinstance(result, Cl4wsisError):
-            yield Outcome(image, result)
+            yield Outcome(picture.file, result)
         else:
-            yield _write(image, result.select(result.scores >= min_score), writers)
+            yield _write(picture, result.select(result.scores >= min_score), writers)
 
 
-def _write(image: ImageFile, instances: Instances, writers: Sequence[Writer]) -> Outcome:
+def _write(picture: Picture, instances: Instances, writers: Sequence[Writer]) -> Outcome:
     for writer in writers:
-        writer.write(image, instances)
-    return Outcome(image, instances)
+        writer.write(picture, instances)
+    return Outcome(picture.file, instances)
 
 
 def _resolve(source: str, skip: Sequence[Path]) -> tuple[Path, list[Path]]:

@@ -3,9 +3,10 @@
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from os import PathLike
 from pathlib import Path
 from threading import Lock
-from typing import Literal, TypeVar
+from typing import Literal, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,7 +23,17 @@ from cl4wsis_serve.backends.base import MAP_NAMES, Backend, Outputs, check_maps,
 from cl4wsis_serve.selection import select_backend
 
 Image = NDArray[np.uint8]
-Source = str | Path | Image
+
+
+class Readable(Protocol):
+    """A source that reads its own image, in another thread where images are streamed."""
+
+    def read(self) -> Image:
+        """Return (H, W, 3) uint8 RGB, or raise a DataError."""
+        ...
+
+
+Source = str | Path | Image | Readable
 SourceT = TypeVar("SourceT", bound=Source)
 
 _READERS = 2
@@ -236,7 +247,9 @@ class Predictor:
 
 
 def _load(source: Source) -> Image:
-    return source if isinstance(source, np.ndarray) else read_image(source)
+    if isinstance(source, np.ndarray):
+        return source
+    return read_image(source) if isinstance(source, str | PathLike) else source.read()
 
 
 def _instances_of(outputs: Outputs, row: int) -> Instances:

@@ -1,9 +1,10 @@
 """Results on disk: id maps with a sidecar, one COCO file for a run, overlays. Everything appears whole or not at all.
 
-Every writer is a context manager with ``write(image, instances)``. Leaving the context by an exception keeps the files
-of single images, but no half COCO file.
+Every writer is a context manager with ``write(picture, instances)``. Leaving the context by an exception keeps the
+files of single images, but no half COCO file.
 """
 
+import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -16,10 +17,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cl4wsis.errors import DataError
-from cl4wsis.images import encode_jpeg, encode_png, read_image, write_bytes_atomically
+from cl4wsis.images import decode_image, encode_jpeg, encode_png, read_bytes, write_bytes_atomically
 from cl4wsis.instances import Instances
 from cl4wsis.locks import lock_folder
-from cl4wsis.steps import ClassInfo, file_sha256
+from cl4wsis.steps import ClassInfo
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,42 @@ class ImageFile:
     name: str
 
 
+class Picture:
+    """An image file that is read once: what is predicted, drawn and hashed is the same, whatever becomes of the file.
+
+    Args:
+        file: where it lies and what it is called.
+
+    Attributes:
+        file: as given.
+    """
+
+    def __init__(self, file: ImageFile) -> None:
+        self.file = file
+        self._content: bytes | None = None
+
+    def read(self) -> NDArray[np.uint8]:
+        """Return the pixels, (H, W, 3) uint8 RGB; they are decoded at each call, as they take far more memory.
+
+        Raises:
+            DataError: the file cannot be read or is no image.
+        """
+        return decode_image(self._bytes(), str(self.file.path))
+
+    def sha256(self) -> str:
+        """Return the hash of the file.
+
+        Raises:
+            DataError: the file cannot be read.
+        """
+        return hashlib.sha256(self._bytes()).hexdigest()
+
+    def _bytes(self) -> bytes:
+        if self._content is None:
+            self._content = read_bytes(self.file.path)
+        return self._content
+
+
 class Writer(Protocol):
     """Takes the answers of a run, one image at a time."""
 
@@ -46,11 +83,11 @@ class Writer(Protocol):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None: ...
 
-    def write(self, image: ImageFile, instances: Instances) -> None:
+    def write(self, picture: Picture, instances: Instances) -> None:
         """Write one answer.
 
         Args:
-            image: the source.
+            picture: the source.
             instances: in pixels of the source image.
 
         Raises:
@@ -125,25 +162,26 @@ class IdsWriter(_FolderWriter):
         self._names = [info.name for info in classes]
         self._model = model
 
-    def write(self, image: ImageFile, instances: Instances) -> None:
+    def write(self, picture: Picture, instances: Instances) -> None:
         """Write the id map and its sidecar."""
+        image = picture.file
         ids = instances.instance_ids.astype(np.uint8 if len(instances) <= 255 else np.uint16)
         write_bytes_atomically(_prepare(self._path(image, ".png")), encode_png(ids))
-        write_bytes_atomically(self._path(image, ".json"), _json_bytes(self._describe(image, instances)))
+        write_bytes_atomically(self._path(image, ".json"), _json_bytes(self._describe(picture, instances)))
 
-    def read(self, image: ImageFile) -> Instances | None:
+    def read(self, picture: Picture) -> Instances | None:
         """Return an answer that an earlier run left here, if it is complete, of this image and of this model."""
         try:
-            sidecar = json.loads(self._path(image, ".json").read_bytes())
-            if sidecar["model"] != self._model or sidecar["image_sha256"] != file_sha256(image.path):
+            sidecar = json.loads(self._path(picture.file, ".json").read_bytes())
+            if sidecar["model"] != self._model or sidecar["image_sha256"] != picture.sha256():
                 return None
-            ids = _read_ids(self._path(image, ".png"))
+            ids = _read_ids(self._path(picture.file, ".png"))
             rows = sidecar["instances"]
             return Instances.from_ids(ids, [row["label"] for row in rows], [row["score"] for row in rows])
         except (OSError, ValueError, KeyError, TypeError, DataError):
             return None
 
-    def _describe(self, image: ImageFile, instances: Instances) -> dict[str, Any]:
+    def _describe(self, picture: Picture, instances: Instances) -> dict[str, Any]:
         height, width = instances.instance_ids.shape
         columns = zip(
             instances.labels.tolist(),
@@ -157,8 +195,8 @@ class IdsWriter(_FolderWriter):
             for i, (label, score, area, box) in enumerate(columns, start=1)
         ]
         return {
-            "image": image.file_name,
-            "image_sha256": _hash_if_there(image.path),
+            "image": picture.file.file_name,
+            "image_sha256": picture.sha256(),
             "height": height,
             "width": width,
             "box_format": "xyxy",
@@ -182,12 +220,12 @@ class OverlayWriter(_FolderWriter):
         self._names = [info.name for info in classes]
         self._colors = [info.color for info in classes]
 
-    def write(self, image: ImageFile, instances: Instances) -> None:
+    def write(self, picture: Picture, instances: Instances) -> None:
         """Draw and write one overlay."""
         from cl4wsis_serve.draw import draw_overlay
 
-        overlay = draw_overlay(read_image(image.path), instances, self._names, self._colors)
-        write_bytes_atomically(_prepare(self._path(image, self.ending)), encode_jpeg(overlay))
+        overlay = draw_overlay(picture.read(), instances, self._names, self._colors)
+        write_bytes_atomically(_prepare(self._path(picture.file, self.ending)), encode_jpeg(overlay))
 
 
 class CocoWriter:
@@ -215,13 +253,13 @@ class CocoWriter:
             self._file.write('{"annotations": [')
         return self
 
-    def write(self, image: ImageFile, instances: Instances) -> None:
+    def write(self, picture: Picture, instances: Instances) -> None:
         """Append the instances of one image."""
         if self._file is None:
             raise ValueError("the writer is not open; use it in a 'with' statement")
         height, width = instances.instance_ids.shape
         image_id = len(self._images) + 1
-        self._images.append({"id": image_id, "file_name": image.file_name, "height": height, "width": width})
+        self._images.append({"id": image_id, "file_name": picture.file.file_name, "height": height, "width": width})
         with self._explained():
             for annotation, area in zip(instances.to_coco(image_id), instances.areas.tolist(), strict=True):
                 self._num_annotations += 1
@@ -282,13 +320,6 @@ def _make_folder(folder: Path) -> None:
 def _json_bytes(content: Any) -> bytes:
     """Return JSON in UTF-8; bytes of a file name that are none, which Python holds as surrogates, become escapes."""
     return (json.dumps(content, ensure_ascii=False, indent=1) + "\n").encode("utf-8", "backslashreplace")
-
-
-def _hash_if_there(path: Path) -> str | None:
-    try:
-        return file_sha256(path)
-    except OSError:  # it was removed after it had been read
-        return None
 
 
 def _read_ids(path: Path) -> NDArray[np.int32]:

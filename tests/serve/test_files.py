@@ -1,5 +1,7 @@
 """Finding images, naming results, and taking an earlier run over."""
 
+import gc
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -8,11 +10,14 @@ import pytest
 from bundles import SIZE, SLOTS, color_image, color_manifest
 
 from cl4wsis.errors import DataError
-from cl4wsis.images import write_png
+from cl4wsis.images import read_image, write_png
+from cl4wsis.instances import Instances
+from cl4wsis.steps import file_sha256
+from cl4wsis_serve.backends.base import Outputs
 from cl4wsis_serve.backends.recorded import RecordedBackend
 from cl4wsis_serve.files import find_images, predict_files
 from cl4wsis_serve.predictor import Predictor
-from cl4wsis_serve.writers import IdsWriter, OverlayWriter
+from cl4wsis_serve.writers import CocoWriter, IdsWriter, OverlayWriter, Picture
 
 
 @pytest.fixture
@@ -125,6 +130,53 @@ def test_low_scores_are_left_out(photos: Path, tmp_path: Path) -> None:
     predictor, _ = counting_predictor()
     outcomes = list(predict_files(predictor, find_images([str(photos)]), [], batch_size=2, min_score=0.5))
     assert [outcome.result.labels.tolist() for outcome in outcomes] == [[0]] * 4
+
+
+@pytest.mark.parametrize("change", ["deleted", "replaced", "broken"])
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_results_are_of_the_image_that_was_read_whatever_becomes_of_its_file(
+    photos: Path, tmp_path: Path, change: str, batch_size: int
+) -> None:
+    predictor, backend = counting_predictor()
+    images = find_images([str(photos)])
+    hashes = {image.file_name: file_sha256(image.path) for image in images}
+    run = backend.run
+
+    def run_and_change(frames: np.ndarray) -> Outputs:
+        for image in images:
+            if change == "deleted":
+                image.path.unlink(missing_ok=True)
+            elif change == "replaced":
+                write_png(image.path, color_image(40, 30))
+            else:
+                image.path.write_bytes(b"no image any more")
+        return run(frames)
+
+    backend.run = run_and_change  # type: ignore[method-assign]
+    ids = IdsWriter(tmp_path / "ids", predictor.classes, {"m": 1})
+    overlays, coco = OverlayWriter(tmp_path / "overlay", predictor.classes), tmp_path / "coco.json"
+    with CocoWriter(coco, predictor.classes) as writer:
+        outcomes = list(predict_files(predictor, images, [ids, writer, overlays], batch_size))
+    found = {outcome.image: outcome.result for outcome in outcomes if isinstance(outcome.result, Instances)}
+    read = [image for image, instances in found.items() if instances.instance_ids.shape == (16, 24)]
+    assert len(read) >= batch_size
+    assert coco.is_file()
+    for image in read:
+        sidecar = json.loads((tmp_path / "ids" / f"{image.name}.json").read_text())
+        assert sidecar["image_sha256"] == hashes[image.file_name]
+        assert (sidecar["height"], sidecar["width"]) == (16, 24)
+        assert read_image(tmp_path / "overlay" / f"{image.name}.jpg").shape == (16 * 21, 24 * 21, 3)
+        assert ids.read(Picture(image)) is None
+
+
+def test_pictures_are_held_no_longer_than_two_batches(photos: Path) -> None:
+    for number in range(30):
+        write_png(photos / f"{number}.png", color_image(16, 24))
+    predictor, _ = counting_predictor()
+    most = 0
+    for _ in predict_files(predictor, find_images([str(photos)]), [], batch_size=3):
+        most = max(most, sum(isinstance(thing, Picture) for thing in gc.get_objects()))
+    assert most <= 2 * 3 + 3
 
 
 def test_resuming_predicts_only_what_is_missing(photos: Path, tmp_path: Path) -> None:

@@ -14,14 +14,14 @@ from cl4wsis.errors import DataError
 from cl4wsis.images import read_image, write_png
 from cl4wsis.instances import Instances
 from cl4wsis.masks import mask_from_segmentation
-from cl4wsis_serve.writers import CocoWriter, IdsWriter, ImageFile, OverlayWriter
+from cl4wsis_serve.writers import CocoWriter, IdsWriter, ImageFile, OverlayWriter, Picture
 
 CLASSES = color_manifest().classes
 
 
-def image(name: str, path: Path = Path(__file__)) -> ImageFile:
+def image(name: str, path: Path = Path(__file__)) -> Picture:
     """Name an image; its file only has to be there."""
-    return ImageFile(path, f"{name}.png", name)
+    return Picture(ImageFile(path, f"{name}.png", name))
 
 
 def two_squares() -> Instances:
@@ -152,9 +152,9 @@ def test_overlay_is_a_readable_picture(tmp_path: Path) -> None:
     source = tmp_path / "source.png"
     write_png(source, color_image())
     with OverlayWriter(tmp_path, CLASSES) as writer:
-        writer.write(ImageFile(source, "a/b.png", "a/b"), two_squares())
-        assert writer.has(image("a/b"))
-        assert not writer.has(image("a/c"))
+        writer.write(image("a/b", source), two_squares())
+        assert writer.has(image("a/b").file)
+        assert not writer.has(image("a/c").file)
     assert max(read_image(tmp_path / "a/b.jpg").shape[:2]) >= 480
 
 
