@@ -2,6 +2,7 @@
 
 import io
 import struct
+import tracemalloc
 import zlib
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 
 from cl4wsis.errors import DataError
-from cl4wsis.images import decode_image, encode_jpeg, encode_png, read_image, write_png
+from cl4wsis.images import _to_8_bits, decode_image, encode_jpeg, encode_png, read_image, write_png
 
 RED, BLUE = (200, 30, 40), (20, 60, 250)
 
@@ -91,6 +92,24 @@ def test_sixteen_bits_are_scaled_to_eight() -> None:
     values = np.array([[0, 128, 129, 257 * 7, 65535 - 128, 65535]], np.uint16)
     decoded = decode_image(encode_png(values))
     np.testing.assert_array_equal(decoded[..., 0], [[0, 0, 1, 7, 255, 255]])
+
+
+@pytest.mark.parametrize("width", [1, 7, 256])
+def test_every_value_of_sixteen_bits_is_rounded(width: int) -> None:
+    values = np.arange(65536, dtype=np.uint16)
+    padded = np.resize(values, (-(-len(values) // width), width))
+    decoded = decode_image(encode_png(padded))[..., 0].reshape(-1)[: len(values)]
+    np.testing.assert_array_equal(decoded, (values.astype(int) + 128) // 257)
+
+
+def test_sixteen_bits_take_no_more_memory_than_their_result() -> None:
+    image = np.zeros((500, 400, 3), np.uint16)
+    tracemalloc.start()
+    try:
+        _to_8_bits(image, "image")
+        assert tracemalloc.get_traced_memory()[1] < 1.1 * image.size
+    finally:
+        tracemalloc.stop()
 
 
 @pytest.mark.parametrize("file_format", ["JPEG", "PNG", "TIFF"])
