@@ -5,8 +5,9 @@ the graph come out, as JSON numbers or through the protocol's binary extension. 
 image file and answers in pixels of that image, with COCO boxes and RLE masks. The version of a model is its step + 1,
 as versions begin with 1.
 
-One thread runs the model, in order of arrival; decoding and encoding happen in others meanwhile. A bounded number of
-requests waits, further ones are turned away with 503. Every error is ``{"error": sentence}``.
+One thread runs the model, in order of arrival; the next request is decoded and the last one's answer encoded in others
+meanwhile. A bounded number of requests waits, as bytes; further ones are turned away with 503, and so are all that wait
+when the server stops. Every error is ``{"error": sentence}``. Health and metadata wait for nothing.
 
 Source: Open Inference Protocol, version 2, HTTP/REST, with the binary tensor data extension.
 """
@@ -15,9 +16,9 @@ import asyncio
 import json
 import logging
 import socket
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager, suppress
 from dataclasses import dataclass
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -33,6 +34,7 @@ from cl4wsis.instances import Instances
 from cl4wsis_serve.predictor import Predictor
 
 if TYPE_CHECKING:
+    import uvicorn
     from fastapi import FastAPI, Request
 
 logger = logging.getLogger(__name__)
@@ -41,10 +43,24 @@ _DATATYPES = {"uint8": "UINT8", "int32": "INT32", "float32": "FP32"}
 _JSON_LENGTH = "Inference-Header-Content-Length"
 _MAX_DIGITS = 12
 """Of a number of bytes; Python refuses to read numbers of thousands of digits."""
+_BINARY = {"schema": {"type": "string", "format": "binary"}}
+_IMAGE_BODY = {"requestBody": {"required": True, "content": {"image/*": _BINARY}}}
+_INFER_BODY = {
+    "requestBody": {
+        "required": True,
+        "content": {
+            "application/json": {"schema": {"type": "object", "required": ["inputs"]}},
+            "application/octet-stream": _BINARY,
+        },
+    }
+}
+"""Bodies that routes read themselves, as the OpenAPI document describes them."""
 _EXTENSIONS = ("binary_tensor_data",)
 _SHUTDOWN_SECONDS = 30
-_CONNECTIONS = 64
-"""Connections beyond those whose requests may wait; more are turned away before their bodies are read."""
+_AT_WORK = 2
+"""Requests that are decoded, run or described at the same time: one ahead of the one that runs."""
+_DISCARDED_BYTES, _DISCARDED_SECONDS = 256 * 2**20, 30
+"""How much of a body is read after its request has been refused."""
 
 Tensors = dict[str, NDArray[Any]]
 ResultT = TypeVar("ResultT")
@@ -59,6 +75,10 @@ class ServerLimits:
     """Images in one request."""
     max_waiting: int = 16
     """Requests that wait while another is answered."""
+    max_arriving: int = 16
+    """Requests whose bodies arrive at the same time, beyond as many as may wait."""
+    body_seconds: float = 60
+    """Time in which the body of a request must arrive."""
 
 
 class RequestError(Exception):
@@ -90,8 +110,6 @@ def serve(predictor: Predictor, host: str, port: int, limits: ServerLimits, star
         MissingExtraError: fastapi or uvicorn is not installed.
     """
     require("serve")
-    import uvicorn
-
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
         listener = socket.create_server((host, port), family=family)
@@ -99,16 +117,35 @@ def serve(predictor: Predictor, host: str, port: int, limits: ServerLimits, star
         reason = error.strerror or error
         raise BackendError(f"cannot listen on {host}:{port}: {reason}; choose others with --host and --port") from error
     with listener:
-        config = uvicorn.Config(
-            build_app(predictor, limits),
-            log_level="warning",
-            access_log=False,
-            limit_concurrency=_CONNECTIONS + limits.max_waiting,
-            timeout_graceful_shutdown=_SHUTDOWN_SECONDS,
-        )
+        server = build_server(predictor, limits)
         name = f"[{host}]" if family == socket.AF_INET6 else host
         started(f"http://{name}:{listener.getsockname()[1]}")
-        uvicorn.Server(config).run(sockets=[listener])
+        server.run(sockets=[listener])
+
+
+def build_server(predictor: Predictor, limits: ServerLimits = ServerLimits()) -> "uvicorn.Server":
+    """Build what listens; when it is told to stop, it turns away who waits and finishes what runs.
+
+    Args:
+        predictor: an open model.
+        limits: of one request and of the queue.
+
+    Raises:
+        MissingExtraError: fastapi or uvicorn is not installed.
+    """
+    require("serve")
+    import uvicorn
+
+    app = build_app(predictor, limits)
+
+    class Server(uvicorn.Server):
+        async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+            app.state.queue.stop()
+            await super().shutdown(sockets)
+
+    return Server(
+        uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=_SHUTDOWN_SECONDS)
+    )
 
 
 def build_app(predictor: Predictor, limits: ServerLimits = ServerLimits()) -> "FastAPI":
@@ -124,7 +161,7 @@ def build_app(predictor: Predictor, limits: ServerLimits = ServerLimits()) -> "F
     require("serve")
     from fastapi import FastAPI
 
-    queue = _Queue(limits.max_waiting)
+    queue = _Queue(limits)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -132,6 +169,7 @@ def build_app(predictor: Predictor, limits: ServerLimits = ServerLimits()) -> "F
         queue.close()
 
     app = FastAPI(title=predictor.manifest.name, version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
+    app.state.queue = queue
     _add_error_handlers(app)
     _add_metadata_routes(app, predictor.manifest, queue)
     _add_infer_route(app, predictor, limits, queue)
@@ -140,32 +178,100 @@ def build_app(predictor: Predictor, limits: ServerLimits = ServerLimits()) -> "F
 
 
 class _Queue:
-    """One thread that runs the model, and a bounded number of requests in front of it."""
+    """Who may come in, who is next, and the one thread that runs the model.
 
-    def __init__(self, max_waiting: int) -> None:
-        self._free = max_waiting + 1
+    A request passes three gates: few bodies arrive at the same time, few requests wait with theirs, and two are at
+    work, one of which runs while the other is decoded, as a decoded image may be a thousand times as large as its
+    bytes. Methods are called in the thread of the event loop.
+    """
+
+    def __init__(self, limits: ServerLimits) -> None:
+        self._arriving = asyncio.Semaphore(limits.max_arriving + limits.max_waiting)
+        self._waiting = asyncio.Semaphore(limits.max_waiting + 1)
+        self._at_work = asyncio.Semaphore(_AT_WORK)
+        self._model = asyncio.Lock()
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="cl4wsis-run")
+        self._deadlines: set[asyncio.Timeout] = set()
         self.is_open = True
 
-    @contextmanager
-    def place(self) -> Iterator[None]:
-        """Hold one place; all of this happens in the thread of the event loop, so a plain counter will do."""
-        if not self._free:
-            raise RequestError(HTTPStatus.SERVICE_UNAVAILABLE, "too many requests are waiting; try again in a moment")
-        self._free -= 1
-        try:
-            yield
-        finally:
-            self._free += 1
+    def arrival(self) -> AbstractAsyncContextManager[None]:
+        """Let the body of a request arrive in a block, or turn the request away where too many do."""
+        return _place(self._arriving)
 
-    async def run(self, function: Callable[..., ResultT], *arguments: Any) -> ResultT:
+    @asynccontextmanager
+    async def turn(self, request: "Request") -> AsyncIterator[None]:
+        """Wait for the turn of a request, or turn it away where too many wait; in the block it is at work."""
+        async with _place(self._waiting):
+            async with self.until(None):
+                await self._at_work.acquire()
+            try:
+                await _check_client(request)
+                yield
+            finally:
+                self._at_work.release()
+
+    async def run(self, request: "Request", function: Callable[..., ResultT], *arguments: Any) -> ResultT:
         """Call a function in the model's thread, after those who came before."""
-        return await asyncio.get_running_loop().run_in_executor(self._thread, function, *arguments)
+        async with self.until(None):
+            await self._model.acquire()
+        try:
+            await _check_client(request)
+            return await asyncio.get_running_loop().run_in_executor(self._thread, function, *arguments)
+        except asyncio.CancelledError:
+            self._check_open()  # it ran for longer than a server that stops waits for it
+            raise
+        finally:
+            self._model.release()
+
+    @asynccontextmanager
+    async def until(self, seconds: float | None, sentence: str = "") -> AsyncIterator[None]:
+        """Wait for something in a block, for so long, and no longer than until the server stops.
+
+        Raises:
+            RequestError: the time is over, which the sentence says, or the server stops.
+        """
+        self._check_open()
+        try:
+            async with asyncio.timeout(seconds) as deadline:
+                self._deadlines.add(deadline)
+                try:
+                    yield
+                finally:
+                    self._deadlines.discard(deadline)
+        except TimeoutError as error:
+            self._check_open()
+            raise RequestError(HTTPStatus.REQUEST_TIMEOUT, sentence) from error
+
+    def stop(self) -> None:
+        """Turn away all who wait, and who come from now on; the one that runs is finished."""
+        self.is_open = False
+        for deadline in self._deadlines:
+            if not deadline.expired():
+                deadline.reschedule(0)
 
     def close(self) -> None:
         """Finish what is running and take no more."""
-        self.is_open = False
+        self.stop()
         self._thread.shutdown(wait=True, cancel_futures=True)
+
+    def _check_open(self) -> None:
+        if not self.is_open:
+            raise RequestError(HTTPStatus.SERVICE_UNAVAILABLE, "the server is stopping; try again when it is back")
+
+
+@asynccontextmanager
+async def _place(places: asyncio.Semaphore) -> AsyncIterator[None]:
+    """Hold one of a number of places, or turn the request away where none is free."""
+    if places.locked():
+        raise RequestError(HTTPStatus.SERVICE_UNAVAILABLE, "too many requests are waiting; try again in a moment")
+    async with places:
+        yield
+
+
+async def _check_client(request: "Request") -> None:
+    """Stop here where nobody is left to read the answer, which the log need not tell."""
+    if await request.is_disconnected():
+        raise _bad("the client went away before its request was answered")
 
 
 # --- routes ---
@@ -178,14 +284,17 @@ def _add_metadata_routes(app: "FastAPI", manifest: Manifest, queue: _Queue) -> N
         status = HTTPStatus.OK if queue.is_open else HTTPStatus.SERVICE_UNAVAILABLE
         return JSONResponse({"ready": queue.is_open}, status)
 
+    @app.head("/v2", include_in_schema=False)
     @app.get("/v2")
     async def server_metadata() -> dict[str, Any]:
         return {"name": "cl4wsis", "version": __version__, "extensions": list(_EXTENSIONS)}
 
+    @app.head("/v2/health/live", include_in_schema=False)
     @app.get("/v2/health/live")
     async def live() -> dict[str, bool]:
         return {"live": True}
 
+    @app.head("/v2/health/ready", include_in_schema=False)
     @app.get("/v2/health/ready")
     async def ready() -> JSONResponse:
         return readiness()
@@ -202,6 +311,8 @@ def _add_metadata_routes(app: "FastAPI", manifest: Manifest, queue: _Queue) -> N
             "outputs": [_tensor_metadata(tensor) for tensor in manifest.outputs],
         }
 
+    @app.head("/v2/models/{name}/ready", include_in_schema=False)
+    @app.head("/v2/models/{name}/versions/{version}/ready", include_in_schema=False)
     @app.get("/v2/models/{name}/ready")
     @app.get("/v2/models/{name}/versions/{version}/ready")
     async def model_ready(name: str, version: str | None = None) -> JSONResponse:
@@ -215,15 +326,15 @@ def _add_infer_route(app: "FastAPI", predictor: Predictor, limits: ServerLimits,
 
     manifest = predictor.manifest
 
-    @app.post("/v2/models/{name}/infer")
-    @app.post("/v2/models/{name}/versions/{version}/infer")
+    @app.post("/v2/models/{name}/infer", openapi_extra=_INFER_BODY)
+    @app.post("/v2/models/{name}/versions/{version}/infer", openapi_extra=_INFER_BODY)
     async def infer(request: Request, name: str, version: str | None = None) -> Response:
         _check_model(manifest, name, version)
-        body = await _read_body(request, limits.max_body_bytes)
+        body = await _read_body(request, limits, queue)
         json_length = request.headers.get(_JSON_LENGTH)
-        with queue.place():
+        async with queue.turn(request):
             header, frames = await asyncio.to_thread(parse_infer_request, body, json_length, manifest, limits.max_batch)
-            instances = await queue.run(predictor.predict_batch, list(frames))
+            instances = await queue.run(request, predictor.predict_batch, list(frames))
             content, length = await asyncio.to_thread(build_infer_response, header, instances, manifest)
         if length is None:
             return Response(content, media_type="application/json")
@@ -235,21 +346,27 @@ def _add_predict_route(app: "FastAPI", predictor: Predictor, limits: ServerLimit
 
     names = [info.name for info in predictor.classes]
 
-    @app.post("/predict")
+    @app.post("/predict", openapi_extra=_IMAGE_BODY)
     async def predict(request: Request, min_score: float = Query(0.0, ge=0.0, le=1.0)) -> dict[str, Any]:
-        body = await _read_body(request, limits.max_body_bytes)
-        with queue.place():
+        body = await _read_body(request, limits, queue)
+        if request.headers.get("content-type", "").startswith("multipart/"):
+            raise RequestError(
+                HTTPStatus.UNSUPPORTED_MEDIA_TYPE,
+                "the request's body is a form; send the bytes of the image file themselves, as they are "
+                "(curl --data-binary @photo.jpg)",
+            )
+        async with queue.turn(request):
             image = await asyncio.to_thread(decode_image, body, "the request's body")
-            instances = await queue.run(predictor.predict, image)
-            kept = instances.select(instances.scores >= min_score)
-            rows = await asyncio.to_thread(_instance_rows, kept, names)
+            instances = await queue.run(request, predictor.predict, image)
+            rows = await asyncio.to_thread(_instance_rows, instances, min_score, names)
         height, width = image.shape[:2]
         return {"model": predictor.manifest.name, "height": height, "width": width, "instances": rows}
 
 
-def _instance_rows(instances: Instances, names: Sequence[str]) -> list[dict[str, Any]]:
+def _instance_rows(instances: Instances, min_score: float, names: Sequence[str]) -> list[dict[str, Any]]:
     """Describe instances as COCO annotations do, with label and class name beside the category id (label + 1)."""
-    columns = zip(instances.to_coco(), instances.labels.tolist(), instances.areas.tolist(), strict=True)
+    kept = instances.select(instances.scores >= min_score)
+    columns = zip(kept.to_coco(), kept.labels.tolist(), kept.areas.tolist(), strict=True)
     return [
         {
             "label": label,
@@ -264,22 +381,56 @@ def _instance_rows(instances: Instances, names: Sequence[str]) -> list[dict[str,
     ]
 
 
-async def _read_body(request: "Request", max_bytes: int) -> bytes:
-    """Read a body that may lie about its length, and stop as soon as it is too long."""
+async def _read_body(request: "Request", limits: ServerLimits, queue: _Queue) -> bytes:
+    """Read a body that may lie about its length, that may never end, and that may be one of too many."""
     from starlette.requests import ClientDisconnect
 
+    async with aclosing(request.stream()) as chunks:
+        try:
+            async with queue.arrival():
+                return await _collect(request, chunks, limits, queue)
+        except ClientDisconnect as error:
+            raise _bad("the client went away before its request was complete") from error
+        except RequestError as error:
+            if error.status != HTTPStatus.REQUEST_TIMEOUT and "expect" not in request.headers:
+                await _discard(chunks, queue)
+            raise
+
+
+async def _collect(
+    request: "Request", chunks: AsyncGenerator[bytes, None], limits: ServerLimits, queue: _Queue
+) -> bytes:
+    too_large = RequestError(
+        HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
+        f"the request's body is larger than {limits.max_body_bytes} bytes; send a smaller image or fewer of them",
+    )
+    stated = request.headers.get("content-length", "")
+    if stated.isdecimal() and (len(stated) > _MAX_DIGITS or int(stated) > limits.max_body_bytes):
+        raise too_large
     body = bytearray()
-    try:
-        async for chunk in request.stream():
+    late = f"the request's body did not arrive within {limits.body_seconds:g} s; send a smaller image, or try again"
+    async with queue.until(limits.body_seconds, late):
+        async for chunk in chunks:
             body += chunk
-            if len(body) > max_bytes:
-                raise RequestError(
-                    HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
-                    f"the request's body is larger than {max_bytes} bytes; send a smaller image or fewer of them",
-                )
-    except ClientDisconnect as error:  # nobody is there to read the answer, and the log need not tell either
-        raise RequestError(HTTPStatus.BAD_REQUEST, "the client went away before its request was complete") from error
+            if len(body) > limits.max_body_bytes:
+                raise too_large
     return bytes(body)
+
+
+async def _discard(chunks: AsyncGenerator[bytes, None], queue: _Queue) -> None:
+    """Read on for a while and keep nothing: most clients look for an answer only once they have sent everything.
+
+    Those which look earlier say so with the header ``Expect``.
+    """
+    from starlette.requests import ClientDisconnect
+
+    size = 0
+    with suppress(ClientDisconnect, RequestError):
+        async with queue.until(_DISCARDED_SECONDS):
+            async for chunk in chunks:
+                size += len(chunk)
+                if size > _DISCARDED_BYTES:
+                    return
 
 
 # --- Open Inference Protocol ---
