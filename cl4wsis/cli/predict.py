@@ -105,6 +105,8 @@ def predict_sources(
     predictor = (runtime or Runtime()).open(bundle)
     ids, writers = _build_writers(predictor, out, formats, min_score)
     with locked_results(out):
+        if not resume:
+            _note_other_results(out, images)
         summary = _predict_all(predictor, images, ids if resume else None, writers, batch_size, min_score)
     chosen = {
         "backend": predictor.backend.name,
@@ -164,6 +166,19 @@ def _build_writers(
         "overlay": OverlayWriter(out / "overlay", classes),
     }
     return ids, [writers[name] for name in FORMATS if name in formats]
+
+
+def _note_other_results(out: Path, images: list["ImageFile"]) -> None:
+    """Say that the folder will hold results of more than one run."""
+    from cl4wsis.cli.console import note
+
+    others = {
+        path.relative_to(folder).with_suffix("").as_posix()
+        for folder, ending in ((out / "ids", ".json"), (out / "overlay", ".jpg"))
+        for path in folder.rglob(f"*{ending}")
+    } - {image.name for image in images}
+    if others:
+        note(f"{out} holds results of other images too ({len(others)}), which stay; choose another --out to part them")
 
 
 def _predict_all(

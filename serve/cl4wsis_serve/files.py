@@ -75,7 +75,8 @@ def predict_files(
         if earlier is None:
             pending.append(image)
         else:
-            yield _write(picture, earlier, [writer for writer in writers if not writer.has(image)])
+            since = finished.time_of(image) if finished else 0  # an older overlay shows what stood there before
+            yield _write(picture, earlier, [writer for writer in writers if not writer.has(image, since)])
     for picture, result in predictor.stream(map(Picture, pending), batch_size):
         if isinstance(result, Cl4wsisError):
             yield Outcome(picture.file, result)

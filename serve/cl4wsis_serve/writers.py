@@ -95,8 +95,8 @@ class Writer(Protocol):
         """
         ...
 
-    def has(self, image: ImageFile) -> bool:
-        """Tell whether the answer for an image is there already, from an earlier run."""
+    def has(self, image: ImageFile, since_ns: int) -> bool:
+        """Tell whether the answer for an image is there already, written at that time or later."""
         ...
 
 
@@ -127,9 +127,16 @@ class _FolderWriter:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
-    def has(self, image: ImageFile) -> bool:
-        """Tell whether the files of an image are there already."""
-        return self._path(image, self.ending).is_file()
+    def has(self, image: ImageFile, since_ns: int) -> bool:
+        """Tell whether the files of an image are there already, written at that time (nanoseconds) or later."""
+        return self.time_of(image) >= since_ns
+
+    def time_of(self, image: ImageFile) -> int:
+        """Return when the files of an image were written, nanoseconds; -1 if they were not."""
+        try:
+            return self._path(image, self.ending).stat().st_mtime_ns
+        except OSError:
+            return -1
 
     def _path(self, image: ImageFile, ending: str) -> Path:
         return self.folder / f"{image.name}{ending}"
@@ -266,7 +273,7 @@ class CocoWriter:
                 self._file.write(",\n" if self._num_annotations > 1 else "\n")
                 json.dump({"id": self._num_annotations, **annotation, "area": area, "iscrowd": 0}, self._file)
 
-    def has(self, image: ImageFile) -> bool:
+    def has(self, image: ImageFile, since_ns: int) -> bool:
         """Return False: the file is made anew in every run."""
         return False
 

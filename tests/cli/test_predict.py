@@ -129,6 +129,22 @@ def test_results_inside_the_source_are_not_predicted_again(folder: Path) -> None
     assert json.loads(answer.stdout)["images"] == 2
 
 
+def test_results_of_other_images_are_told_to_stay(folder: Path) -> None:
+    first = RUNNER.invoke(app, ["predict", "photos"])
+    same = RUNNER.invoke(app, ["predict", "photos"])
+    Path("photos/sub/b.png").rename("photos/c.png")
+    resumed = RUNNER.invoke(app, ["predict", "photos", "--resume"])
+    other = RUNNER.invoke(app, ["predict", "photos"])
+    assert other.exit_code == 0, other.stderr
+    assert "masks holds results of other images too (1), which stay; choose another --out" in other.stderr
+    assert not any("which stay" in answer.stderr for answer in (first, same, resumed))
+    assert Path("masks/ids/sub/b.png").is_file()
+    assert [image["file_name"] for image in json.loads(Path("masks/coco.json").read_text())["images"]] == [
+        "a.png",
+        "c.png",
+    ]
+
+
 def test_one_run_at_a_time_writes_into_a_folder(folder: Path) -> None:
     with locked_results(Path("masks")):
         answer = RUNNER.invoke(app, ["predict", "photos"])

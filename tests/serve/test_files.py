@@ -2,6 +2,8 @@
 
 import gc
 import json
+import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -179,6 +181,30 @@ def test_pictures_are_held_no_longer_than_two_batches(photos: Path) -> None:
     assert most <= 2 * 3 + 3
 
 
+@pytest.mark.parametrize("change", ["image", "model"])
+def test_resuming_draws_overlays_of_another_image_or_model_again(photos: Path, tmp_path: Path, change: str) -> None:
+    """The id map was made anew since, the overlay was not."""
+    predictor, backend = counting_predictor()
+    images = find_images([str(photos / "b.png")])
+    overlays = OverlayWriter(tmp_path / "overlay", predictor.classes)
+    first, second = (IdsWriter(tmp_path / "ids", predictor.classes, {"m": model}) for model in (1, 2))
+    list(predict_files(predictor, images, [first, overlays]))
+    os.utime(tmp_path / "overlay" / "b.jpg", ns=(1, 1))
+    before = (tmp_path / "overlay" / "b.jpg").read_bytes()
+    if change == "image":
+        write_png(images[0].path, color_image(32, 24))
+        second = first
+    list(predict_files(predictor, images, [second]))
+    list(predict_files(predictor, images, [second, overlays], finished=second))
+    assert len(backend.batches) == 2
+    assert (tmp_path / "overlay" / "b.jpg").stat().st_mtime_ns > 1
+    assert ((tmp_path / "overlay" / "b.jpg").read_bytes() != before) == (change == "image")
+    later = (time.time_ns() // 10**9 + 1000) * 10**9
+    os.utime(tmp_path / "overlay" / "b.jpg", ns=(later, later))
+    list(predict_files(predictor, images, [second, overlays], finished=second))
+    assert (tmp_path / "overlay" / "b.jpg").stat().st_mtime_ns == later
+
+
 def test_resuming_predicts_only_what_is_missing(photos: Path, tmp_path: Path) -> None:
     images = find_images([str(photos)])
     predictor, backend = counting_predictor()
@@ -190,6 +216,6 @@ def test_resuming_predicts_only_what_is_missing(photos: Path, tmp_path: Path) ->
     outcomes = list(predict_files(predictor, images, [ids, overlays], finished=ids))
     assert len(backend.batches) == 4
     assert {outcome.image.name for outcome in outcomes} == {image.name for image in images}
-    assert all(overlays.has(image) for image in images)
+    assert all(overlays.has(image, ids.time_of(image)) for image in images)
     list(predict_files(predictor, images, [ids], finished=IdsWriter(tmp_path / "ids", classes, {"m": 2})))
     assert len(backend.batches) == 8

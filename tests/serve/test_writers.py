@@ -153,8 +153,10 @@ def test_overlay_is_a_readable_picture(tmp_path: Path) -> None:
     write_png(source, color_image())
     with OverlayWriter(tmp_path, CLASSES) as writer:
         writer.write(image("a/b", source), two_squares())
-        assert writer.has(image("a/b").file)
-        assert not writer.has(image("a/c").file)
+        written = writer.time_of(image("a/b").file)
+        assert writer.has(image("a/b").file, written)
+        assert not writer.has(image("a/b").file, written + 1)
+        assert not writer.has(image("a/c").file, 0)
     assert max(read_image(tmp_path / "a/b.jpg").shape[:2]) >= 480
 
 
