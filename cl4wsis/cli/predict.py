@@ -98,9 +98,9 @@ def predict_sources(
     """
     from cl4wsis.cli.console import note
     from cl4wsis_serve.files import find_images
-    from cl4wsis_serve.writers import locked_results
+    from cl4wsis_serve.writers import IDS_FOLDER, OVERLAY_FOLDER, locked_results
 
-    images = find_images(sources, skip=[out / "ids", out / "overlay"])
+    images = find_images(sources, skip=[out / IDS_FOLDER, out / OVERLAY_FOLDER])
     note(f"images: {len(images)}")
     predictor = (runtime or Runtime()).open(bundle)
     ids, writers = _build_writers(predictor, out, formats, min_score)
@@ -156,14 +156,14 @@ def _parse_formats(save: str) -> list[str]:
 def _build_writers(
     predictor: "Predictor", out: Path, formats: list[str], min_score: float
 ) -> tuple["IdsWriter", list["Writer"]]:
-    from cl4wsis_serve.writers import CocoWriter, IdsWriter, OverlayWriter
+    from cl4wsis_serve.writers import COCO_FILE, IDS_FOLDER, OVERLAY_FOLDER, CocoWriter, IdsWriter, OverlayWriter
 
     classes = predictor.classes
-    ids = IdsWriter(out / "ids", classes, {**predictor.model_id, "min_score": min_score})
+    ids = IdsWriter(out / IDS_FOLDER, classes, {**predictor.model_id, "min_score": min_score})
     writers: dict[str, Writer] = {
         "ids": ids,
-        "coco": CocoWriter(out / "coco.json", classes),
-        "overlay": OverlayWriter(out / "overlay", classes),
+        "coco": CocoWriter(out / COCO_FILE, classes),
+        "overlay": OverlayWriter(out / OVERLAY_FOLDER, classes),
     }
     return ids, [writers[name] for name in FORMATS if name in formats]
 
@@ -171,10 +171,11 @@ def _build_writers(
 def _note_other_results(out: Path, images: list["ImageFile"]) -> None:
     """Say that the folder will hold results of more than one run."""
     from cl4wsis.cli.console import note
+    from cl4wsis_serve.writers import IDS_FOLDER, OVERLAY_FOLDER, IdsWriter, OverlayWriter
 
     others = {
         path.relative_to(folder).with_suffix("").as_posix()
-        for folder, ending in ((out / "ids", ".json"), (out / "overlay", ".jpg"))
+        for folder, ending in ((out / IDS_FOLDER, IdsWriter.ending), (out / OVERLAY_FOLDER, OverlayWriter.ending))
         for path in folder.rglob(f"*{ending}")
     } - {image.name for image in images}
     if others:

@@ -7,11 +7,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from cl4wsis.bundle import MANIFEST_FILE, MODEL_FILE
 from cl4wsis.errors import Cl4wsisError, DataError
 from cl4wsis.images import IMAGE_SUFFIXES
 from cl4wsis.instances import Instances
 from cl4wsis_serve.predictor import Predictor
-from cl4wsis_serve.writers import IdsWriter, ImageFile, Picture, Writer
+from cl4wsis_serve.writers import IdsWriter, ImageFile, Picture, Writer, result_folders
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,9 @@ class Outcome:
 
 
 def find_images(sources: Sequence[str], skip: Sequence[Path] = ()) -> list[ImageFile]:
-    """Resolve files, folders (searched recursively) and glob patterns.
+    """Resolve files, folders and glob patterns.
+
+    Folders are searched recursively, behind links too, but for bundles and for what earlier runs left in them.
 
     Args:
         sources: paths and patterns, in any mixture.
@@ -33,7 +36,7 @@ def find_images(sources: Sequence[str], skip: Sequence[Path] = ()) -> list[Image
         The images, each once, in the order of the sources and by name within a folder.
 
     Raises:
-        DataError: a source does not exist, or holds no image.
+        DataError: a source does not exist or holds no image, or a folder in it cannot be read.
     """
     found: dict[str, Path] = {}
     roots: list[Path] = []
@@ -99,7 +102,7 @@ def _resolve(source: str, skip: Sequence[Path]) -> tuple[Path, list[Path]]:
         return path, _search_folder(path, skip)
     if glob.has_magic(source):
         matches = sorted(Path(match) for match in glob.glob(source, recursive=True))  # noqa: PTH207 (absolute patterns)
-        files = [match for match in matches if match.is_file() and match.suffix.lower() in IMAGE_SUFFIXES]
+        files = [match for match in matches if _is_image(match)]
         if files:
             return _fixed_part(path), files
         raise DataError(f"{source}: the pattern matches no image; folders are searched without a pattern")
@@ -109,17 +112,48 @@ def _resolve(source: str, skip: Sequence[Path]) -> tuple[Path, list[Path]]:
 def _search_folder(folder: Path, skip: Sequence[Path]) -> list[Path]:
     within = folder.resolve()
     skipped = [path.resolve() for path in skip if path.exists() and not within.is_relative_to(path.resolve())]
-    files = sorted(
-        path
-        for path in folder.rglob("*")
-        if path.suffix.lower() in IMAGE_SUFFIXES
-        and path.is_file()
-        and not path.name.startswith(".")
-        and not any(path.resolve().is_relative_to(results) for results in skipped)
-    )
+    files = sorted(_images_below(folder, skipped, ()))
     if not files:
         raise DataError(f"{folder}: holds no image ({', '.join(sorted(IMAGE_SUFFIXES))})")
     return files
+
+
+def _images_below(folder: Path, skipped: Sequence[Path], above: tuple[Path, ...]) -> Iterator[Path]:
+    """Find the images of a folder and of those below it, behind links too.
+
+    Args:
+        folder: to be searched.
+        skipped: real paths of folders to leave out.
+        above: real paths of the folders it lies in; a link back to one of them leads round in circles.
+    """
+    real = folder.resolve()
+    if real in above or any(real.is_relative_to(path) for path in skipped):
+        return
+    try:
+        if above and _is_bundle(folder):
+            return
+        results = result_folders(folder)
+        for path in folder.iterdir():
+            if path.is_dir():
+                if path not in results:
+                    yield from _images_below(path, skipped, (*above, real))
+            elif _is_image(path) and not path.name.startswith("."):
+                yield path
+    except OSError as error:
+        raise DataError(
+            f"{folder}: cannot be read: {error.strerror or error}; allow it, or give the folders that can be read "
+            "one by one"
+        ) from error
+
+
+def _is_image(path: Path) -> bool:
+    """Tell whether a path is taken for an image; one behind a broken link is, so that it is reported as missing."""
+    return path.suffix.lower() in IMAGE_SUFFIXES and (path.is_file() or (path.is_symlink() and not path.exists()))
+
+
+def _is_bundle(folder: Path) -> bool:
+    """Tell whether a folder is a bundle, whose images are the golden inputs."""
+    return (folder / MANIFEST_FILE).is_file() and (folder / MODEL_FILE).is_file()
 
 
 def _fixed_part(pattern: Path) -> Path:

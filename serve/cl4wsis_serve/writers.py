@@ -9,6 +9,7 @@ import json
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Protocol, Self
@@ -21,6 +22,11 @@ from cl4wsis.images import decode_image, encode_jpeg, encode_png, read_bytes, wr
 from cl4wsis.instances import Instances
 from cl4wsis.locks import lock_folder
 from cl4wsis.steps import ClassInfo
+
+IDS_FOLDER, OVERLAY_FOLDER, COCO_FILE = "ids", "overlay", "coco.json"
+"""What a run writes into the folder of its results."""
+_SIDECAR_FIELDS = {"image", "image_sha256", "instances", "model"}
+_COCO_START = '{"annotations": ['
 
 
 @dataclass(frozen=True)
@@ -98,6 +104,30 @@ class Writer(Protocol):
     def has(self, image: ImageFile, since_ns: int) -> bool:
         """Tell whether the answer for an image is there already, written at that time or later."""
         ...
+
+
+def result_folders(out: Path) -> list[Path]:
+    """Find the folders of pictures that a run left in a folder; its id maps or COCO file show that there was one."""
+    ids = out / IDS_FOLDER
+    if any(_is_sidecar(path) for path in islice(ids.rglob(f"*{IdsWriter.ending}"), 1)):
+        return [ids, out / OVERLAY_FOLDER]
+    return [out / OVERLAY_FOLDER] if _is_ours(out / COCO_FILE) else []
+
+
+def _is_sidecar(path: Path) -> bool:
+    try:
+        return bool(json.loads(path.read_bytes()).keys() >= _SIDECAR_FIELDS)
+    except (OSError, ValueError, AttributeError):
+        return False
+
+
+def _is_ours(path: Path) -> bool:
+    """Tell a COCO file of ours by its first words."""
+    try:
+        with path.open(encoding="utf-8") as file:
+            return file.read(len(_COCO_START)) == _COCO_START
+    except (OSError, ValueError):
+        return False
 
 
 @contextmanager
@@ -257,7 +287,7 @@ class CocoWriter:
         self._temporary = _prepare(self.path).with_name(f".{self.path.name}.tmp")
         with self._explained():
             self._file = self._temporary.open("w", encoding="utf-8")
-            self._file.write('{"annotations": [')
+            self._file.write(_COCO_START)
         return self
 
     def write(self, picture: Picture, instances: Instances) -> None:

@@ -1,18 +1,20 @@
 """Finding images, naming results, and taking an earlier run over."""
 
+import errno
 import gc
 import json
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
 import pytest
-from bundles import SIZE, SLOTS, color_image, color_manifest
+from bundles import SIZE, SLOTS, color_image, color_manifest, write_color_bundle
 
 from cl4wsis.errors import DataError
-from cl4wsis.images import read_image, write_png
+from cl4wsis.images import encode_png, read_image
 from cl4wsis.instances import Instances
 from cl4wsis.steps import file_sha256
 from cl4wsis_serve.backends.base import Outputs
@@ -22,12 +24,16 @@ from cl4wsis_serve.predictor import Predictor
 from cl4wsis_serve.writers import CocoWriter, IdsWriter, OverlayWriter, Picture
 
 
+def write_png(path: Path, image: np.ndarray) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(encode_png(image))
+
+
 @pytest.fixture
 def photos(tmp_path: Path) -> Path:
     """A folder with four images, two of them with the same stem, and things that are no images."""
     folder = tmp_path / "photos"
     for name in ("b.png", "a.png", "a.PNG", "sub/c.png"):
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
         write_png(folder / name, color_image(16, 24))
     (folder / "notes.txt").write_text("no image")
     (folder / ".hidden.png").write_bytes(b"")
@@ -63,12 +69,81 @@ def test_files_patterns_and_folders(
 
 def test_results_within_the_source_are_left_out(photos: Path) -> None:
     write_png(photos / "masks-b.png", color_image())
-    (photos / "masks" / "ids").mkdir(parents=True)
     write_png(photos / "masks" / "kept.png", color_image())
     write_png(photos / "masks" / "ids" / "b.png", color_image())
     assert names([str(photos)], photos / "masks") == ["a.PNG", "a.png", "b", "masks-b", "sub/c"]
     assert names([str(photos / "masks")], photos / "masks" / "ids", photos / "other") == ["kept"]
     assert names([str(photos / "masks" / "ids")], photos / "masks" / "ids") == ["b"]
+
+
+def test_folders_behind_links_are_searched_but_not_in_circles(photos: Path, tmp_path: Path) -> None:
+    write_png(tmp_path / "elsewhere" / "deep" / "d.png", color_image())
+    (photos / "linked").symlink_to(tmp_path / "elsewhere")
+    (photos / "sub" / "back").symlink_to(photos)
+    (tmp_path / "elsewhere" / "deep" / "here").symlink_to(".")
+    (photos / "knot").symlink_to("knot")
+    assert names([str(photos)]) == ["a.PNG", "a.png", "b", "linked/deep/d", "sub/c"]
+    (tmp_path / "photos link").symlink_to(photos)
+    assert names([str(tmp_path / "photos link")]) == ["a.PNG", "a.png", "b", "linked/deep/d", "sub/c"]
+
+
+def test_results_are_left_out_behind_links_too(photos: Path, tmp_path: Path) -> None:
+    write_png(tmp_path / "masks" / "ids" / "b.png", color_image())
+    (photos / "masks").symlink_to(tmp_path / "masks")
+    assert names([str(photos)], photos / "masks" / "ids") == ["a.PNG", "a.png", "b", "sub/c"]
+
+
+@pytest.mark.parametrize("pattern", ["", "*.png"])
+def test_a_broken_link_is_an_image_that_cannot_be_read(photos: Path, pattern: str) -> None:
+    (photos / "lost.png").symlink_to("gone.png")
+    (photos / "lost.txt").symlink_to("gone.txt")
+    images = find_images([str(photos / pattern)])
+    outcomes = {outcome.image.name: outcome.result for outcome in predict_files(counting_predictor()[0], images, [])}
+    assert isinstance(outcomes["lost"], DataError)
+    assert "lost.png: cannot be read: No such file" in str(outcomes["lost"])
+    assert isinstance(outcomes["b"], Instances)
+
+
+def test_a_folder_that_cannot_be_read_is_named(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    iterdir = Path.iterdir
+
+    def refuse(path: Path) -> Iterator[Path]:
+        if path.name == "sub":
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return iterdir(path)
+
+    monkeypatch.setattr(Path, "iterdir", refuse)
+    with pytest.raises(DataError, match=r"photos/sub: cannot be read: Permission denied; allow it"):
+        find_images([str(photos)])
+
+
+@pytest.mark.parametrize("formats", ["ids", "ids coco overlay", "coco overlay"])
+def test_what_other_runs_left_is_no_photograph(photos: Path, formats: str) -> None:
+    predictor, _ = counting_predictor()
+    writers = {
+        "ids": IdsWriter(photos / "out" / "ids", predictor.classes, {}),
+        "coco": CocoWriter(photos / "out" / "coco.json", predictor.classes),
+        "overlay": OverlayWriter(photos / "out" / "overlay", predictor.classes),
+    }
+    with ExitStack() as stack:
+        chosen = [stack.enter_context(writers[name]) for name in formats.split()]
+        list(predict_files(predictor, find_images([str(photos)]), chosen))
+    write_png(photos / "out" / "new.png", color_image())
+    assert names([str(photos)]) == ["a.PNG", "a.png", "b", "out/new", "sub/c"]
+
+
+def test_folders_that_only_look_like_results_are_searched(photos: Path) -> None:
+    for folder in ("ids", "overlay"):
+        write_png(photos / "own" / folder / "x.png", color_image())
+    (photos / "own" / "ids" / "x.json").write_text('{"camera": 1}')
+    (photos / "own" / "coco.json").write_text('{"images": []}')
+    assert names([str(photos / "own")]) == ["ids/x", "overlay/x"]
+
+
+def test_golden_inputs_of_bundles_are_no_photographs(photos: Path) -> None:
+    write_color_bundle(photos / "models" / "colors.cl4wsis", num_golden=2)
+    assert names([str(photos)]) == ["a.PNG", "a.png", "b", "sub/c"]
+    assert len(names([str(photos / "models" / "colors.cl4wsis" / "golden")])) == 2
 
 
 def test_no_two_images_get_the_same_name(tmp_path: Path) -> None:
@@ -171,14 +246,15 @@ def test_results_are_of_the_image_that_was_read_whatever_becomes_of_its_file(
         assert ids.read(Picture(image)) is None
 
 
-def test_pictures_are_held_no_longer_than_two_batches(photos: Path) -> None:
+def test_few_pictures_are_held_at_a_time(photos: Path) -> None:
     for number in range(30):
         write_png(photos / f"{number}.png", color_image(16, 24))
     predictor, _ = counting_predictor()
+    gc.collect()
     most = 0
     for _ in predict_files(predictor, find_images([str(photos)]), [], batch_size=3):
-        most = max(most, sum(isinstance(thing, Picture) for thing in gc.get_objects()))
-    assert most <= 2 * 3 + 3
+        most = max(most, sum(type(thing) is Picture for thing in gc.get_objects()))
+    assert most <= 4 * 3
 
 
 @pytest.mark.parametrize("change", ["image", "model"])
