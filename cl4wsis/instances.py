@@ -92,9 +92,15 @@ class Instances:
         """Keep some instances.
 
         Args:
-            keep: (N,) bool, or indices in the order wanted.
+            keep: (N,) bool, or indices in the order wanted; -1 is the last, as everywhere in NumPy.
+
+        Raises:
+            ValueError: there is no instance of an index, or the mask has another length.
         """
-        rows = np.flatnonzero(keep) if keep.dtype == np.bool_ else np.asarray(keep, dtype=np.int64)
+        try:
+            rows = np.arange(len(self))[keep if keep.dtype == np.bool_ else np.asarray(keep, dtype=np.int64)]
+        except IndexError as error:
+            raise ValueError(f"cannot select from {len(self)} instances: {error}") from error
         new_ids = np.zeros(len(self) + 1, np.int32)
         new_ids[rows + 1] = np.arange(1, len(rows) + 1, dtype=np.int32)
         return Instances(new_ids[self.instance_ids], self.labels[rows], self.scores[rows], self.boxes[rows])

@@ -63,6 +63,9 @@ def test_masks_and_ids_are_inverse(ids):
         (np.array([1, 0]), grid("0220", "0221", "0001"), [1, 4]),
         (np.array([], np.int64), grid("0000", "0000", "0000"), []),
         (np.array([False, False]), grid("0000", "0000", "0000"), []),
+        (np.array([-1]), grid("0000", "0001", "0001"), [1]),
+        (np.array([-1, -2]), grid("0220", "0221", "0001"), [1, 4]),
+        (np.array([]), grid("0000", "0000", "0000"), []),
     ],
 )
 def test_select_renumbers_the_map(keep, ids, labels):
@@ -70,6 +73,12 @@ def test_select_renumbers_the_map(keep, ids, labels):
     np.testing.assert_array_equal(found.instance_ids, ids)
     assert found.labels.tolist() == labels
     np.testing.assert_array_equal(found.boxes, boxes_from_ids(ids, len(labels)))
+
+
+@pytest.mark.parametrize("keep", [[2], [-3], [0, 5], [True], [True, False, True]])
+def test_select_refuses_instances_that_are_not_there(keep):
+    with pytest.raises(ValueError, match=r"cannot select from 2 instances: .*(out of bounds|did not match)"):
+        EXAMPLE.select(np.array(keep))
 
 
 @pytest.mark.parametrize(
