@@ -20,6 +20,8 @@ from cl4wsis.cli.options import (
 )
 
 _MEBIBYTE = 2**20
+_MAX_PIXELS = 64
+_PIXELS_VARIABLE = "OPENCV_IO_MAX_IMAGE_PIXELS"
 
 
 def serve(
@@ -44,7 +46,15 @@ def serve(
     ] = 16,
     max_batch: Annotated[int, typer.Option("--max-batch", min=1, help="Images in one inference request.")] = 8,
     max_body: Annotated[int, typer.Option("--max-body", min=1, help="Largest request, MiB.")] = 32,
-    max_pixels: Annotated[int, typer.Option("--max-pixels", min=1, help="Largest image, million pixels.")] = 64,
+    max_pixels: Annotated[
+        int | None,
+        typer.Option(
+            "--max-pixels",
+            min=1,
+            help=f"Largest image, million pixels; {_MAX_PIXELS} unless the environment says {_PIXELS_VARIABLE}.",
+            show_default=False,
+        ),
+    ] = None,
 ) -> None:
     """Answer HTTP requests: the Open Inference Protocol v2, and POST /predict for image files.
 
@@ -57,7 +67,8 @@ def serve(
     require("serve")
     logging.basicConfig(format="%(levelname)s: %(message)s")
     # OpenCV reads this once, when it is loaded: an image of few bytes must not unfold into all of the memory.
-    os.environ.setdefault("OPENCV_IO_MAX_IMAGE_PIXELS", str(max_pixels * 10**6))
+    if max_pixels is not None or _PIXELS_VARIABLE not in os.environ:
+        os.environ[_PIXELS_VARIABLE] = str((max_pixels or _MAX_PIXELS) * 10**6)
     from cl4wsis_serve.app import ServerLimits
     from cl4wsis_serve.app import serve as serve_predictor
 

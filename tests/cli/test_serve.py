@@ -68,6 +68,26 @@ def test_it_answers_and_stops_on_a_signal(bundle: Path) -> None:
         assert "Traceback" not in (server.stderr.read() if server.stderr else "")
 
 
+@pytest.mark.parametrize(
+    ("arguments", "pixels", "status"),
+    [
+        (["--max-pixels", "1"], "100000000", 400),  # what is given wins over the environment
+        (["--max-pixels", "64"], "1000000", 200),
+        ([], "1000000", 400),
+        ([], None, 200),
+    ],
+)
+def test_the_largest_image_is_the_one_asked_for(
+    bundle: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], pixels: str | None, status: int
+) -> None:
+    monkeypatch.delenv("OPENCV_IO_MAX_IMAGE_PIXELS", raising=False)
+    if pixels is not None:
+        monkeypatch.setenv("OPENCV_IO_MAX_IMAGE_PIXELS", pixels)
+    with running_server(bundle, *arguments) as (_, address):
+        found, answer = post(f"{address}/predict", encode_png(np.zeros((1100, 1000), np.uint8)))
+        assert found == status, answer
+
+
 def test_a_taken_port_is_one_sentence(bundle: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         answer = CliRunner().invoke(app, ["serve", str(bundle), "--port", str(taken.getsockname()[1])])
