@@ -9,6 +9,7 @@ Triton's versions are positive numbers, so a step is served as version step + 1;
 """
 
 import json
+import re
 import shutil
 import uuid
 from collections.abc import Mapping, Sequence
@@ -36,8 +37,9 @@ def write_repository(
 ) -> Path:
     """Add a graph or an engine to a model repository.
 
-    Versions of other steps of the same model stay. A server that watches the folder sees the new version complete, and
-    the new configuration or the old one, never half of a file.
+    Versions of other steps of the same model stay. What all versions share, class names, configuration and warm-up, is
+    that of the highest one, whose classes are those of the others and more. A server that watches the folder sees the
+    new version complete, and the new configuration or the old one, never half of a file.
 
     Args:
         bundle: an opened bundle.
@@ -50,7 +52,7 @@ def write_repository(
         Folder of the model.
 
     Raises:
-        BundleError: the folder cannot be written, or holds another model of this name.
+        BundleError: the folder cannot be written, or holds another model of this name or one of larger batches.
         BackendError: the engine is damaged.
     """
     manifest = bundle.manifest
@@ -73,13 +75,18 @@ def write_repository(
         [f"{manifest.step}-{path.removesuffix('.raw')}" for path in warmup],
     )
     _check_inputs_agree(folder, config)
+    is_highest = not any(path.name.isdecimal() and int(path.name) > manifest.step + 1 for path in folder.glob("*"))
+    if not is_highest:
+        _check_batches_fit(folder, batch)
     try:
         (folder / WARMUP_FOLDER).mkdir(parents=True, exist_ok=True)
-        for file, content in warmup.items():
-            _write(folder / WARMUP_FOLDER / f"{manifest.step}-{file}", content)
-        _write(folder / LABELS_FILE, labels.encode())
+        if is_highest:
+            for file, content in warmup.items():
+                _write(folder / WARMUP_FOLDER / f"{manifest.step}-{file}", content)
+            _write(folder / LABELS_FILE, labels.encode())
         _write_version(version, files)
-        _write(folder / CONFIG_FILE, config.encode())
+        if is_highest:
+            _write(folder / CONFIG_FILE, config.encode())
     except OSError as error:
         raise BundleError(f"{folder}: cannot be written: {error.strerror or error}") from error
     return folder
@@ -219,6 +226,16 @@ def _check_inputs_agree(folder: Path, config: str) -> None:
         raise BundleError(
             f"{folder}: holds versions with other inputs, outputs or platform than this graph, and all versions share "
             "one configuration; choose another folder with --out"
+        )
+
+
+def _check_batches_fit(folder: Path, batch: int) -> None:
+    """Check that a version can take the batches that the configuration of a higher one lets the server put together."""
+    stated = re.search(r"^max_batch_size: (\d+)$", (folder / CONFIG_FILE).read_text(encoding="utf-8"), re.MULTILINE)
+    if stated and int(stated[1]) > batch:
+        raise BundleError(
+            f"{folder}: holds a later step with batches of up to {stated[1]}, and this engine takes {batch}; build it "
+            f"with --max-batch {stated[1]}, or choose another folder with --out"
         )
 
 

@@ -118,6 +118,20 @@ def test_steps_share_a_model(tmp_path: Path) -> None:
     assert sorted(path.name for path in folder.iterdir()) == ["1", "2", "config.pbtxt", "labels.txt", "warmup"]
 
 
+def test_an_earlier_step_leaves_class_names_and_configuration_of_a_later_one(tmp_path: Path) -> None:
+    later = open_bundle(write_color_bundle(tmp_path / "later.cl4wsis", num_golden=1, step=9))
+    first = later.manifest.classes[:1]
+    earlier = open_bundle(write_color_bundle(tmp_path / "earlier.cl4wsis", step=1, classes=first, maps=()))
+    folder = write_repository(later, later.variant(), tmp_path / "repository")
+    shared = {name: (folder / name).read_bytes() for name in ("config.pbtxt", "labels.txt")}
+    write_repository(earlier, earlier.variant(), tmp_path / "repository")
+    assert (folder / "2" / "model.onnx").read_bytes() == earlier.model.read_bytes()
+    assert {name: (folder / name).read_bytes() for name in shared} == shared
+    write_repository(later, later.variant(), tmp_path / "repository")
+    assert {name: (folder / name).read_bytes() for name in shared} == shared
+    assert sorted(path.name for path in folder.iterdir()) == ["10", "2", "config.pbtxt", "labels.txt", "warmup"]
+
+
 def test_versions_with_other_tensors_are_refused(tmp_path: Path) -> None:
     first, second = (open_bundle(write_color_bundle(tmp_path / f"{step}.cl4wsis", step=step)) for step in (0, 1))
     folder = write_repository(first, first.variant(), tmp_path / "repository")
@@ -158,6 +172,22 @@ def test_an_engine_is_served_as_a_plan(tmp_path: Path) -> None:
     assert (config["platform"], config["max_batch_size"]) == (["tensorrt_plan"], [4])
     with pytest.raises(BundleError, match="other inputs, outputs or platform"):
         write_repository(bundle, bundle.variant(), tmp_path / "repository")
+
+
+def test_an_engine_of_an_earlier_step_must_take_the_batches_of_a_later_one(tmp_path: Path) -> None:
+    folders = {}
+    for step in (1, 0):
+        path = write_color_bundle(tmp_path / f"{step}.cl4wsis", step=step)
+        added = engine_in(path, "tensorrt 11.4.0")
+        folders[step] = open_bundle(path), added.path
+    bundle, engine = folders[1]
+    folder = write_repository(bundle, bundle.variant(), tmp_path / "repository", engine_at(bundle, engine))
+    config = folder / "config.pbtxt"
+    config.write_text(config.read_text().replace("max_batch_size: 4", "max_batch_size: 8"))
+    bundle, engine = folders[0]
+    with pytest.raises(BundleError, match=r"batches of up to 8, and this engine takes 4; build it with --max-batch 8"):
+        write_repository(bundle, bundle.variant(), tmp_path / "repository", engine_at(bundle, engine))
+    assert not (folder / "1").exists()
 
 
 def test_only_engines_of_tensorrt_run_in_triton(tmp_path: Path) -> None:
