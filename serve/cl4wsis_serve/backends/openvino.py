@@ -36,7 +36,8 @@ _NUMPY_TYPES = {"u8": "uint8", "i32": "int32", "f32": "float32"}
 _HALF_TYPES = {"FP16": "f16", "BF16": "bf16"}
 """Half-precision arithmetic by the name of the capability, the more exact first."""
 _CACHE_VARIABLE = "CL4WSIS_OPENVINO_CACHE"
-_KEPT_BATCH_SIZES = 4
+_KEPT_BATCH_SIZES = 8
+"""As many as a server takes images in one request, where nothing else is set: it never compiles one twice."""
 _MEMORY_MARKER = b"*/_ORT_MEM_ADDR_/*"
 """A file name by which a graph claims that its weights lie at an address in memory; OpenVINO would read there."""
 
@@ -44,8 +45,8 @@ _MEMORY_MARKER = b"*/_ORT_MEM_ADDR_/*"
 class OpenVinoBackend:
     """A graph compiled by OpenVINO for the CPU.
 
-    It is compiled for each batch size that occurs, which is a tenth faster than leaving the size open; the last few
-    sizes are kept.
+    It is compiled for each batch size that occurs, which is a tenth faster than leaving the size open; the last eight
+    sizes are kept, and one that comes back after more than that is compiled again.
 
     Args:
         request: names the graph.
