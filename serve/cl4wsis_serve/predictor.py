@@ -81,6 +81,9 @@ class Predictor:
     ) -> "Predictor":
         """Open a bundle, or an ``.onnx`` file by itself.
 
+        Runtimes may read weights from the files for as long as the model is used, so files must not be overwritten in
+        place; an export replaces the whole folder.
+
         Args:
             path: of the bundle folder or the file.
             backend: a name from :data:`cl4wsis_serve.BACKENDS`, or ``auto`` for the first of them that works here.
