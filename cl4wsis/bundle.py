@@ -487,7 +487,9 @@ def _build_manifest(content: Any, source: str) -> Manifest:
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
-        raise BundleError(f"{source}: cannot be understood: {where}: {first['msg']}; export the step again") from error
+        is_newer = first["type"] == "extra_forbidden"
+        way_out = "update cl4wsis, or export the step again with this version" if is_newer else "export the step again"
+        raise BundleError(f"{source}: cannot be understood: {where}: {first['msg']}; {way_out}") from error
     _check_sizes(manifest, source)
     return manifest
 

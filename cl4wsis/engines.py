@@ -20,7 +20,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from cl4wsis.bundle import PRECISION_OPTIONS, Bundle, EngineInfo, VariantInfo, open_bundle, update_manifest
+from cl4wsis.bundle import PRECISION_OPTIONS, Bundle, EngineInfo, Manifest, VariantInfo, update_manifest
 from cl4wsis.config import Settings
 from cl4wsis.errors import BackendError, BundleError
 from cl4wsis.steps import file_sha256, write_text_atomically
@@ -407,13 +407,18 @@ def _add_to_bundle(bundle: Bundle, info: EngineInfo, content: bytes, digest: str
         raise BundleError(
             f"{path}: cannot be written: {error.strerror}; pass --engine-cache to put the engine into {cache_folder()}"
         ) from error
-    current = open_bundle(bundle.path).manifest  # another process may have added an engine meanwhile
-    same = [other for other in current.engines if engine_key(other) == engine_key(info) and other.file != info.file]
-    kept = [other for other in current.engines if other not in same and other.file != info.file]
-    files = {name: value for name, value in current.files.items() if name not in {other.file for other in same}}
-    update_manifest(bundle, {"engines": (*kept, info), "files": {**files, info.file: digest}})
-    for other in same:
-        (bundle.path / other.file).unlink(missing_ok=True)
+    replaced: list[str] = []
+
+    def add(current: Manifest) -> dict[str, Any]:
+        same = [other for other in current.engines if engine_key(other) == engine_key(info) and other.file != info.file]
+        replaced.extend(other.file for other in same)
+        kept = [other for other in current.engines if other not in same and other.file != info.file]
+        files = {name: value for name, value in current.files.items() if name not in replaced}
+        return {"engines": (*kept, info), "files": {**files, info.file: digest}}
+
+    update_manifest(bundle, add)
+    for file in replaced:
+        (bundle.path / file).unlink(missing_ok=True)
     return FoundEngine(info, path, digest)
 
 

@@ -10,6 +10,7 @@ What comes out is always (H, W, 3) uint8 RGB:
 - A JPEG or PNG that ends early is refused rather than filled up with gray.
 """
 
+import hashlib
 import zlib
 from contextlib import suppress
 from pathlib import Path
@@ -181,7 +182,8 @@ def write_bytes_atomically(path: Path, content: bytes) -> None:
     Raises:
         DataError: the file cannot be written.
     """
-    temporary = path.with_name(f".{path.name}.tmp")
+    # The name itself may be as long as the file system allows.
+    temporary = path.with_name(f".{hashlib.sha256(path.name.encode('utf-8', 'surrogateescape')).hexdigest()[:16]}.tmp")
     try:
         temporary.write_bytes(content)
         temporary.replace(path)

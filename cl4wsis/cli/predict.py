@@ -159,7 +159,8 @@ def _build_writers(
     from cl4wsis_serve.writers import COCO_FILE, IDS_FOLDER, OVERLAY_FOLDER, CocoWriter, IdsWriter, OverlayWriter
 
     classes = predictor.classes
-    ids = IdsWriter(out / IDS_FOLDER, classes, {**predictor.model_id, "min_score": min_score})
+    made_by = {**predictor.model_id, "precision": predictor.precision, "min_score": min_score}
+    ids = IdsWriter(out / IDS_FOLDER, classes, made_by)
     writers: dict[str, Writer] = {
         "ids": ids,
         "coco": CocoWriter(out / COCO_FILE, classes),

@@ -1,5 +1,6 @@
 """Overlay: what was found, drawn over the image so that a person can check it."""
 
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -12,6 +13,8 @@ _SMALLEST_SIDE = 512
 """Longer side below which an image is scaled up, px: labels would cover the objects otherwise."""
 _LARGEST_MEDIAN = 31
 """Side of the largest median window that OpenCV 5 accepts, px."""
+_ALL_LETTERS = 5
+"""Version of OpenCV from which on it draws more than ASCII."""
 _OPACITY = 0.45
 _SHADES = (0.0, 0.35, -0.3, 0.55, -0.45)
 """Steps towards white (positive) or black (negative) that tell instances of one class apart."""
@@ -168,7 +171,7 @@ def _place_labels(
     for row in np.argsort(-instances.scores, kind="stable").tolist():
         if not boxes[row].any():
             continue
-        text = f"{class_names[instances.labels[row]]} {instances.scores[row]:.2f}"
+        text = f"{_drawable(class_names[instances.labels[row]])} {instances.scores[row]:.2f}"
         (text_width, text_height), baseline = cv2.getTextSize(text, *font)
         box_width, box_height = text_width + 2 * margin, text_height + baseline // 2 + 2 * margin
         left = int(np.clip(boxes[row, 0], 0, max(0, width - box_width)))
@@ -192,6 +195,15 @@ def _overlaps(box: tuple[int, int, int, int], placed: Sequence[_Label]) -> bool:
 
 def _margin(scale: float) -> int:
     return max(3, round(7 * scale))
+
+
+def _drawable(text: str) -> str:
+    """Return a name in letters that OpenCV can draw: before version 5 those of ASCII alone, so accents fall away."""
+    import cv2
+
+    if int(cv2.__version__.partition(".")[0]) >= _ALL_LETTERS:
+        return text
+    return unicodedata.normalize("NFKD", text).encode("ascii", "ignore").decode() or text
 
 
 def _is_bright(color: tuple[int, int, int]) -> bool:

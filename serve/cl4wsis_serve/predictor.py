@@ -1,7 +1,7 @@
 """The Predictor: a bundle, a backend, and images of any size in between."""
 
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from os import PathLike
 from pathlib import Path
@@ -11,8 +11,8 @@ from typing import Literal, Protocol, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from cl4wsis.bundle import Manifest, Post, Precision, open_bundle
-from cl4wsis.errors import BackendError, Cl4wsisError, DataError
+from cl4wsis.bundle import Bundle, Manifest, Post, Precision, open_bundle
+from cl4wsis.errors import BackendError, BundleError, Cl4wsisError, DataError
 from cl4wsis.geometry import FitTransform, restore_instances
 from cl4wsis.grouping import group_maps
 from cl4wsis.images import read_image
@@ -20,7 +20,7 @@ from cl4wsis.instances import Instances
 from cl4wsis.preprocess import prepare_batch, prepare_image
 from cl4wsis.steps import ClassInfo
 from cl4wsis_serve.backends.base import MAP_NAMES, Backend, Outputs, check_maps, check_outputs
-from cl4wsis_serve.selection import select_backend
+from cl4wsis_serve.selection import Selection, select_backend
 
 Image = NDArray[np.uint8]
 
@@ -36,6 +36,8 @@ class Readable(Protocol):
 Source = str | Path | Image | Readable
 SourceT = TypeVar("SourceT", bound=Source)
 
+_REPLACED_MEANWHILE = 5
+"""How often a bundle may be replaced while it is opened."""
 _READERS = 2
 """Threads that read and fit images while the graph runs."""
 
@@ -99,8 +101,9 @@ class Predictor:
             BackendError: the backend is unknown, cannot run here or fails the self-test; the message says why and what
                 to do.
         """
-        bundle = open_bundle(Path(path))
-        selection = select_backend(bundle, backend, precision, post, threads, allow_fallback)
+        bundle, selection = _open_one(
+            Path(path), lambda found: select_backend(found, backend, precision, post, threads, allow_fallback)
+        )
         variant = selection.variant
         predictor = cls(bundle.manifest, selection.backend, selection.skipped, variant.precision, variant.post)
         if self_test:
@@ -247,6 +250,34 @@ class Predictor:
             return group_maps(logits, heatmap, offsets, self.manifest.input.size, self.manifest.grouping)
         except ValueError as error:
             raise BackendError(f"the graph's maps cannot be grouped: {error}; export the step again") from error
+
+
+def _open_one(path: Path, load: Callable[[Bundle], Selection]) -> tuple[Bundle, Selection]:
+    """Open a bundle and load a graph of it; where an export replaces the folder meanwhile, the new one.
+
+    Manifest and graph are found by their paths one after the other, and must not be of two bundles.
+    """
+    for is_last in (*[False] * _REPLACED_MEANWHILE, True):
+        before = _identity(path)
+        try:
+            bundle = open_bundle(path)
+            selection = load(bundle)
+        except Cl4wsisError:
+            if is_last or _identity(path) == before is not None:
+                raise
+            continue
+        if _identity(path) == before:
+            return bundle, selection
+    raise BundleError(f"{path}: is being replaced again and again; open it once its export has ended")
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    """Return what tells a folder or file from its successor of the same name; None in the moment between the two."""
+    try:
+        state = path.stat()
+    except OSError:
+        return None
+    return state.st_dev, state.st_ino
 
 
 def _load(source: Source) -> Image:

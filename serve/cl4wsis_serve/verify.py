@@ -237,7 +237,8 @@ def store_checks(bundle: Bundle, checks: Sequence[VariantCheck]) -> None:
 
     def add(current: Manifest) -> dict[str, Any]:
         kept = [check for check in current.checks if _key(check) not in replaced]
-        return {"checks": (*kept, *checks)}
+        present = set(current.files.values())  # the bundle may have been replaced meanwhile
+        return {"checks": [check for check in (*kept, *checks) if check.sha256 in present]}
 
     update_manifest(bundle, add)
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from cl4wsis.instances import Instances
-from cl4wsis_serve.draw import draw_overlay
+from cl4wsis_serve.draw import _drawable, draw_overlay
 
 NAMES, COLORS = ("red", "blue"), ((200, 0, 0), (0, 0, 200))
 
@@ -66,3 +66,12 @@ def test_many_instances_in_a_tiny_image() -> None:
 def test_instances_of_another_image_are_refused() -> None:
     with pytest.raises(ValueError, match="cannot be drawn"):
         draw_overlay(gray(8, 9), Instances.empty(9, 8), NAMES, COLORS)
+
+
+def test_names_are_drawn_with_the_letters_that_opencv_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    import cv2
+
+    for version, expected in (("4.10.0", "Katzchen"), ("5.0.0", "K\u00e4tzchen")):
+        monkeypatch.setattr(cv2, "__version__", version)
+        assert _drawable("K\u00e4tzchen") == expected
+        assert _drawable("\u732b") == "\u732b"  # without any letter of ASCII there is nothing better

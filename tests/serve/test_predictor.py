@@ -3,16 +3,20 @@
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from bundles import BLUE, GRAY, RED, SIZE, SLOTS, color_image, color_manifest, write_color_bundle
 
+from cl4wsis.bundle import Bundle
 from cl4wsis.errors import BackendError, BundleError, DataError
 from cl4wsis.images import write_png
 from cl4wsis.instances import Instances
 from cl4wsis_serve import Predictor
+from cl4wsis_serve import predictor as predictor_module
 from cl4wsis_serve.backends.recorded import RecordedBackend
+from cl4wsis_serve.selection import Selection
 
 
 @pytest.fixture(scope="module")
@@ -44,6 +48,29 @@ def test_instances_come_back_in_source_pixels(predictor: Predictor, height: int,
     h, w = height // 8, width // 8
     np.testing.assert_array_equal(found.boxes, [[w, h, 4 * w, 4 * h], [4 * w, 4 * h, 7 * w, 7 * h]])
     np.testing.assert_array_equal(found.areas, [9 * h * w, 9 * h * w])
+
+
+def test_a_bundle_that_is_replaced_while_it_is_opened_is_opened_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Manifest and graph would be of two bundles."""
+    path = tmp_path / "x.cl4wsis"
+    write_color_bundle(path)
+    real, opened = predictor_module.select_backend, []
+
+    def replace_first(bundle: Bundle, *arguments: Any) -> Selection:
+        opened.append(bundle.manifest.step)
+        if len(opened) <= times:
+            write_color_bundle(path, step=len(opened) + 1)
+        return real(bundle, *arguments)
+
+    monkeypatch.setattr(predictor_module, "select_backend", replace_first)
+    times = 2
+    assert Predictor.open(path, "onnxruntime").manifest.step == 3
+    assert opened == [1, 2, 3]
+    times = 99
+    with pytest.raises(BundleError, match="is being replaced again and again"):
+        Predictor.open(path, "onnxruntime")
 
 
 def test_tall_image_in_a_wide_frame(predictor: Predictor) -> None:
