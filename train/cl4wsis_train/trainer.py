@@ -87,7 +87,7 @@ def train_step(
         run: run folder; the step is written to ``step_folder(run, step, plan.recipe.variant)``.
         fabric: launched fabric with devices and precision; one device chosen automatically when not given.
         evaluate: measure the trained network on the plan's evaluation images.
-        report: receives lines about what happens.
+        report: receives lines about what happens, in the first process.
 
     Returns:
         The complete step folder.
@@ -105,6 +105,8 @@ def train_step(
         raise RunError(f"{folder}: step {step} is trained already; delete the folder to train it again")
     previous = previous_folder(plan, step, run)
     fabric = fabric or build_fabric(plan)
+    if not fabric.is_global_zero:  # all processes would say the same
+        report = logger.debug
     report(_check_data(plan, step, fabric))
     return _StepTraining(plan, step, folder, previous, fabric, report).run(evaluate)
 
