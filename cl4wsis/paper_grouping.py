@@ -55,7 +55,7 @@ def group_as_published(
         min_area: smallest part, px.
 
     Returns:
-        Instances by class, part and seed.
+        Instances by class, part (in reading order of their first pixels) and seed.
     """
     import cv2
 
@@ -65,7 +65,11 @@ def group_as_published(
     for value in np.unique(class_map[class_map > 0]).tolist():
         mask = (class_map == value).astype(np.uint8)
         _, part_ids, stats, _ = cv2.connectedComponentsWithStats(mask, connectivity=8)
-        for part in np.flatnonzero(stats[1:, cv2.CC_STAT_AREA] >= min_area) + 1:
+        numbers, first_pixels = np.unique(part_ids, return_index=True)
+        # OpenCV numbers parts in an order of its own.
+        for part in numbers[np.argsort(first_pixels)]:
+            if part == 0 or stats[part, cv2.CC_STAT_AREA] < min_area:
+                continue
             left, top, width, height = stats[part, : cv2.CC_STAT_AREA]
             box = (slice(top, top + height), slice(left, left + width))
             inside = part_ids[box] == part
@@ -100,7 +104,7 @@ def _find_sinks(offset_map: FloatMap, inside: NDArray[np.bool_]) -> Points:
     low, high = _SINK_AREAS
     found = centroids[1:][(areas > low) & (areas < high)]  # (S, 2), (x, y)
     sinks: Points = found[:, ::-1].astype(np.int64)
-    return sinks
+    return sinks[np.lexsort((sinks[:, 1], sinks[:, 0]))]
 
 
 def _accepted_sinks(sinks: Points, seeds: Points, centers: FloatMap) -> Points:

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 from cases import grouping_scene
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from cl4wsis.grouping import GroupingSpec, argmax_channels, find_peaks, group_instances
@@ -321,6 +321,7 @@ def test_renaming_classes_renames_labels(profile):
 
 
 @settings(max_examples=15, deadline=None)
+@example(seed=850, top=1, left=0, profile="paper")  # parts that OpenCV numbers in another order then
 @given(
     seed=st.integers(0, 10_000),
     top=st.integers(0, 8),
