@@ -20,6 +20,8 @@ Box = tuple[slice, slice]
 
 _CHUNK_VALUES = 1 << 17
 """Numbers in an intermediate result, so that it takes little memory and mostly stays in the cache."""
+_FEW_PIXELS = 2048
+"""Up to here a call per channel takes longer than NumPy's own search."""
 _STEEPEST = 80.0
 """Logits this far below the largest still have exponentials with all digits of float32."""
 _SHORT_SIDE = 4
@@ -62,9 +64,10 @@ class EnlargedMap:
             slice(max(side.start // self.scale - 1, 0), min((side.stop - 1) // self.scale + 2, size))
             for side, size in zip(box, values.shape, strict=True)
         )
-        part = values[rows, columns]
+        part = np.ascontiguousarray(values[rows, columns])
         height, width = part.shape
-        fine = cv2.resize(part, (width * self.scale, height * self.scale), interpolation=cv2.INTER_LINEAR)
+        size = (width * self.scale, height * self.scale)
+        fine: Any = cv2.resize(part, size, interpolation=cv2.INTER_LINEAR)
         top, left = box[0].start - rows.start * self.scale, box[1].start - columns.start * self.scale
         crop = fine[top : top + box[0].stop - box[0].start, left : left + box[1].stop - box[1].start]
         return crop
@@ -94,7 +97,7 @@ class EnlargedMap:
 
 
 def argmax_channels(values: FloatMap) -> tuple[NDArray[Any], FloatMap]:
-    """Find the largest channel of every pixel in one pass over the memory; the lowest channel wins a tie.
+    """Find the largest channel of every pixel, of large maps in one pass; the lowest channel wins a tie.
 
     Args:
         values: (C, ...).
@@ -103,6 +106,8 @@ def argmax_channels(values: FloatMap) -> tuple[NDArray[Any], FloatMap]:
         The channel, (...) uint8 (uint16 for more than 256 channels), and its value.
     """
     number_type = np.uint8 if len(values) <= 256 else np.uint16
+    if values[0].size <= _FEW_PIXELS:
+        return values.argmax(axis=0).astype(number_type), values.max(axis=0)
     return _argmax((number_type(number), channel) for number, channel in enumerate(values))
 
 
@@ -128,6 +133,7 @@ def classify_enlarged(logits: FloatMap, scale: int) -> tuple[NDArray[Any], Float
     """
     coarse, largest = argmax_channels(logits)
     tiles, mixed = _uniform_tiles(coarse, scale)
+    in_question = mixed | (tiles[:, 0, :, 0] != 0)
     probs = np.zeros(tiles.shape, np.float32)
     # Shifting all channels of a pixel changes no probability, and keeps exponentials in range.
     shifted = logits - largest
@@ -135,9 +141,8 @@ def classify_enlarged(logits: FloatMap, scale: int) -> tuple[NDArray[Any], Float
     limit = _CHUNK_VALUES // (len(logits) * scale)
     for cells in _cells(mixed, coarse.shape, scale, limit):
         cells.write(_largest_channel(cells, logits, coarse), tiles)
-        cells.write(find_probs(cells, shifted, None), probs)
-    for cells in _cells((tiles[:, 0, :, 0] != 0) & ~mixed, coarse.shape, scale, limit):
-        cells.write(find_probs(cells, shifted, coarse.reshape(-1)[cells.corners[0]]), probs)
+    for cells in _cells(in_question, coarse.shape, scale, limit):
+        cells.write(find_probs(cells, shifted), probs)
     return _cut(tiles, scale), _cut(probs, scale)
 
 
@@ -162,11 +167,11 @@ def _largest_channel(cells: "_Cells", values: FloatMap, coarse: NDArray[Any]) ->
     # The possible channels of each cell in order; where others have more, its first one again, which is harmless.
     order = np.argsort(~possible, axis=0, kind="stable")[: possible.sum(axis=0).max()]
     order = np.where(np.take_along_axis(possible, order, axis=0), order, order[0])  # (L, M)
-    choices = ((channels, cells.enlarged(corners[channels, :, numbers].T)) for channels in order.astype(coarse.dtype))
-    return _argmax(choices)[0]
+    choices = cells.enlarged(corners[order, :, numbers].swapaxes(1, 2))  # (L, s * s, M)
+    return _argmax(zip(order.astype(coarse.dtype), choices, strict=True))[0]
 
 
-def _probs_by_steps(cells: "_Cells", shifted: FloatMap, largest_channel: NDArray[Any] | None) -> FloatMap:
+def _probs_by_steps(cells: "_Cells", shifted: FloatMap) -> FloatMap:
     """Return the probability of the largest channel, (s * s, M).
 
     A logit grows evenly along each row and each column of a cell, so its exponential grows by one factor from pixel to
@@ -175,7 +180,6 @@ def _probs_by_steps(cells: "_Cells", shifted: FloatMap, largest_channel: NDArray
     Args:
         cells: to be worked on.
         shifted: (C, h, w) logits between -80 and 0.
-        largest_channel: (M,), where one channel is the largest in all of a cell; not given for mixed cells.
     """
     import cv2
 
@@ -199,21 +203,14 @@ def _probs_by_steps(cells: "_Cells", shifted: FloatMap, largest_channel: NDArray
         down *= twist
     total = np.empty((side, side, count), np.float32)
     largest = np.empty_like(total)
-    if largest_channel is not None:
-        numbers = np.arange(count)
-        own, own_factor = (x[largest_channel, :, numbers].T.copy() for x in (value, factor))  # (s, M)
     for row in range(side):
         np.add.reduce(value, axis=0, out=total[row])
-        if largest_channel is None:
-            np.maximum.reduce(value, axis=0, out=largest[row])
-        else:
-            largest[row] = own
-            own *= own_factor
+        np.maximum.reduce(value, axis=0, out=largest[row])
         value *= factor
     return np.divide(largest, total, out=total).reshape(-1, count)
 
 
-def _probs_one_by_one(cells: "_Cells", shifted: FloatMap, _: NDArray[Any] | None) -> FloatMap:
+def _probs_one_by_one(cells: "_Cells", shifted: FloatMap) -> FloatMap:
     """Return the same for logits of any size.
 
     Halfway between two classes that are hundreds apart, all exponentials vanish, but not relative to the largest.
@@ -265,22 +262,17 @@ class _Cells:
     corners: NDArray[np.int64]
     far: FloatMap
 
-    def interpolated_across(self, corners: FloatMap) -> tuple[FloatMap, FloatMap]:
-        """Interpolate along the upper and the lower edge: (..., 4, M) values at the corners -> (..., s * M) each."""
+    def enlarged(self, corners: FloatMap) -> FloatMap:
+        """Interpolate within the cells: (..., 4, M) values at the corners -> (..., s * s, M)."""
         far = self.far[:, None]
         near = np.float32(1) - far
         upper = corners[..., None, 0, :] * near + corners[..., None, 1, :] * far  # (..., s, M)
         lower = corners[..., None, 2, :] * near + corners[..., None, 3, :] * far
-        flat = (*corners.shape[:-2], -1)
-        return upper.reshape(flat), lower.reshape(flat)
-
-    def enlarged(self, corners: FloatMap) -> FloatMap:
-        """Interpolate within the cells: (4, M) values at the corners -> (s * s, M)."""
-        far = self.far[:, None]
-        upper, lower = self.interpolated_across(corners)  # (s * M,)
-        fine = upper * (np.float32(1) - far)  # (s, s * M)
-        fine += lower * far
-        return fine.reshape(-1, len(self.rows))
+        flat = (*corners.shape[:-2], 1, -1)
+        fine = upper.reshape(flat) * near  # (..., s, s * M)
+        fine += lower.reshape(flat) * far
+        enlarged: FloatMap = fine.reshape(*corners.shape[:-2], -1, corners.shape[-1])
+        return enlarged
 
     def write(self, values: NDArray[Any], tiles: NDArray[Any]) -> None:
         """Put (s * s, M) values into the map of all cells, (h + 1, s, w + 1, s)."""
@@ -290,8 +282,9 @@ class _Cells:
 
 def _uniform_tiles(coarse: NDArray[Any], scale: int) -> tuple[NDArray[Any], NDArray[np.bool_]]:
     """Fill every cell with the class of its upper left corner: (h + 1, s, w + 1, s), and tell which cells are mixed."""
-    across, down = (np.arange(-1, side + 1).clip(0, side - 1) for side in coarse.shape[::-1])
-    padded = coarse[down[:, None], across]
+    import cv2
+
+    padded = cv2.copyMakeBorder(coarse, 1, 1, 1, 1, cv2.BORDER_REPLICATE)
     corner = padded[:-1, :-1]  # (h + 1, w + 1)
     mixed: NDArray[np.bool_] = (padded[:-1, 1:] != corner) | (padded[1:, :-1] != corner) | (padded[1:, 1:] != corner)
     rows, columns = corner.shape

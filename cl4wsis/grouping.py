@@ -169,7 +169,8 @@ def group_maps(
     Raises:
         ValueError: the maps do not fit together, or do not divide the grid of the profile.
     """
-    logits, heatmap, offsets = (np.asarray(a, np.float32) for a in (semantic_logits, center_heatmap, offset_map))
+    logits = np.ascontiguousarray(semantic_logits, np.float32)  # every channel is read, of the others only some
+    heatmap, offsets = (np.asarray(a, np.float32) for a in (center_heatmap, offset_map))
     _check_raw_maps(logits, heatmap, offsets)
     grid = (input_size[0] // spec.stride, input_size[1] // spec.stride)
     logit_scale = _scale_to(grid, logits, "semantic_logits")
@@ -302,7 +303,7 @@ def _bounding_box(mask: NDArray[np.bool_]) -> tuple[slice, slice]:
 
 def _find_centers(regions: _Regions, class_map: NDArray[Any], heatmap: EnlargedMap, spec: GroupingSpec) -> _Centers:
     """Peaks and pseudo-centers of the kept regions in priority order, cut to the first ``max_instances``."""
-    pixels, values = _find_all_peaks(class_map, np.unique(regions.classes[1:]).tolist(), heatmap, spec)
+    pixels, values = _find_all_peaks(class_map, np.unique(regions.classes[regions.kept]).tolist(), heatmap, spec)
     of_peak = regions.runs.values_at(pixels)
     in_kept = regions.kept[of_peak]
     pixels, values, of_peak = pixels[in_kept], values[in_kept], of_peak[in_kept]
@@ -327,7 +328,7 @@ def _find_centers(regions: _Regions, class_map: NDArray[Any], heatmap: EnlargedM
 def _find_all_peaks(
     class_map: NDArray[Any], present: list[int], heatmap: EnlargedMap, spec: GroupingSpec
 ) -> tuple[NDArray[np.int64], FloatMap]:
-    """Return flat index and value of the peaks of all classes."""
+    """Return flat index and value of the peaks of the classes present."""
     pixels, values = [np.zeros(0, np.int64)], [np.zeros(0, np.float32)]
     for value in present:
         box = heatmap.box_above(value - 1, spec.center_threshold)
@@ -398,7 +399,10 @@ def _targets(offsets: EnlargedMap, box: tuple[slice, slice], stride: int) -> tup
     """Return where the pixels of a box point, in pixels of the grid: rows and columns, each of the box's size."""
     rows = np.arange(box[0].start, box[0].stop, dtype=np.float32)[:, None]
     columns = np.arange(box[1].start, box[1].stop, dtype=np.float32)
-    return offsets.crop(0, box) / np.float32(stride) + rows, offsets.crop(1, box) / np.float32(stride) + columns
+    dy, dx = offsets.crop(0, box), offsets.crop(1, box)
+    if stride > 1:
+        dy, dx = dy / np.float32(stride), dx / np.float32(stride)
+    return dy + rows, dx + columns
 
 
 def nearest_center(

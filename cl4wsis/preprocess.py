@@ -49,4 +49,4 @@ def prepare_batch(images: Sequence[NDArray[np.uint8]], rule: InputRule) -> tuple
     if not images:
         raise ValueError("a batch needs at least one image")
     frames, transforms = zip(*(prepare_image(image, rule) for image in images), strict=True)
-    return np.stack(frames), list(transforms)
+    return frames[0][None] if len(frames) == 1 else np.stack(frames), list(transforms)
