@@ -86,7 +86,13 @@ class DrawnMaps:
 
     def __init__(self, backend: Backend, scene: NetworkScene, post: str) -> None:
         self._backend = backend
-        self._maps = {name: getattr(scene, name)[None] for name in MAP_NAMES} if post == "host" else None
+        self._maps: Outputs | None = None
+        if post == "host":
+            self._maps = {name: getattr(scene, name)[None] for name in MAP_NAMES}
+            real = backend.run(np.zeros((1, *SIZE, 3), np.uint8))
+            for name, maps in self._maps.items():  # in memory as the backend has them
+                self._maps[name] = np.empty_like(real[name])
+                self._maps[name][:] = maps
         self.ended = self.ended_cpu = 0.0
 
     def __getattr__(self, name: str) -> Any:

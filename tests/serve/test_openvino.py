@@ -49,6 +49,18 @@ def test_answers_are_those_of_onnxruntime(tmp_path: Path, post: Post) -> None:
             np.testing.assert_allclose(found.scores, expected.scores, atol=1e-6)
 
 
+def test_maps_are_those_of_onnxruntime_channel_by_channel(tmp_path: Path) -> None:
+    bundle = write_color_bundle(tmp_path / "colors.cl4wsis")
+    ours, theirs = (Predictor.open(bundle, name, post="host", threads=1) for name in ("openvino", "onnxruntime"))
+    images = np.stack([color_image(*SIZE), color_image(*SIZE)[::-1], color_image(*SIZE)[:, ::-1]])
+    for frames in (images, images[:1]):
+        expected = theirs.backend.run(frames)
+        found = ours.backend.run(frames)
+        assert found.keys() == expected.keys()
+        for name, maps in expected.items():
+            np.testing.assert_allclose(found[name], maps, atol=1e-6, err_msg=name)
+
+
 @pytest.mark.parametrize("post", ["graph", "host"])
 def test_threads_may_share_a_predictor(tmp_path: Path, post: Post) -> None:
     predictor = Predictor.open(write_color_bundle(tmp_path / "colors.cl4wsis"), "openvino", post=post, threads=1)
