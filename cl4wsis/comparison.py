@@ -124,9 +124,8 @@ def difference(found: Plan, wanted: Plan, step: int) -> str | None:
     Step 0 and the supervised baselines do not look at the settings of phases 1 and 2. How many processes load images,
     where these lie and how often training logs matters to no result.
     """
-    supervised = step == 0 or wanted.recipe.method != "cl4wsis"
     ignored = {"data.root", "recipe.num_workers", "recipe.log_every"}
-    if supervised:
+    if wanted.learns_from_masks(step):
         ignored |= {"recipe.semantic", "recipe.instance", "recipe.network.localizer_channels"}
     if step == 0:
         ignored |= {"recipe.network.new_class_init", "recipe.method", "recipe.preset", "data.proposals"}

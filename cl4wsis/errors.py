@@ -14,7 +14,7 @@ A mistake in a call (wrong shape, wrong type) is a plain ``ValueError``.
 import importlib.util
 
 _EXTRA_MODULES = {
-    "train": ("torch", "torchvision", "timm", "lightning_fabric", "safetensors", "tensorboard"),
+    "train": ("torch", "torchvision", "timm", "lightning_fabric", "safetensors", "tensorboard", "matplotlib"),
     "export": ("torch", "onnx", "onnxscript"),
     "cpu": ("onnxruntime",),
     "trt": ("tensorrt",),

@@ -259,6 +259,14 @@ class Plan(Settings):
         old = tuple(name for added in self.steps[:step] for name in added)
         return ClassSplit(step=step, old_names=old, new_names=self.steps[step])
 
+    def learns_from_masks(self, step: int) -> bool:
+        """Tell whether a step is trained on masks: the base step, and every step of the supervised baselines."""
+        return step == 0 or self.recipe.method != "cl4wsis"
+
+    def mask_steps(self, step: int) -> range:
+        """Return the steps on whose masks a step that learns from masks is trained."""
+        return range(0 if self.recipe.method == "joint" else step, step + 1)
+
 
 class _RecipeTable(Settings):
     """The recipe of a plan by itself."""

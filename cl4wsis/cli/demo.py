@@ -33,6 +33,7 @@ def demo(
     from cl4wsis.cli.evaluate import evaluate_bundle
     from cl4wsis.cli.report import print_steps, steps_as_json
     from cl4wsis.errors import require
+    from cl4wsis.steps import trained_steps
     from cl4wsis.tasks import load_plan
 
     require("export")
@@ -41,7 +42,8 @@ def demo(
     plan = load_plan(config, settings or [])
     folder = run or Path("runs") / plan.name
     train_all(plan, folder, device)
-    bundles = {step: export_once(plan, step, folder) for step in range(plan.num_steps)}
+    steps = [step for step in trained_steps(folder, plan.recipe.variant) if step < plan.num_steps]
+    bundles = {step: export_once(plan, step, folder) for step in steps}
     reports = {"exported model": {step: evaluate_bundle(path, plan) for step, path in bundles.items()}}
     if baseline:
         tuned = plan.model_copy(update={"recipe": plan.recipe.model_copy(update={"method": "fine-tune"})})
@@ -68,7 +70,7 @@ def train_all(plan: "Plan", run: Path, device: str) -> None:
     fabric = launch_fabric(plan, device, "auto") if missing else None
     for step in missing:
         names = ", ".join(plan.split(step).new_names)
-        knowledge = "masks" if step == 0 or plan.recipe.method != "cl4wsis" else "image tags alone"
+        knowledge = "masks" if plan.learns_from_masks(step) else "image tags alone"
         note(f"step {step}: {names} from {knowledge}")
         train_step(plan, step, run, fabric=fabric, report=note)
 
@@ -80,8 +82,8 @@ def export_once(plan: "Plan", step: int, run: Path) -> Path:
     from cl4wsis.steps import read_step, step_folder
     from cl4wsis_export import ExportSpec, export_step
 
-    folder = step_folder(run, step)
-    destination = run / f"{plan.name}-step{step}.cl4wsis"
+    folder = step_folder(run, step, plan.recipe.variant)
+    destination = folder.parent / f"{plan.name}-step{step}.cl4wsis"
     if destination.exists() and open_bundle(destination).manifest.weights_sha256 == read_step(folder).weights_sha256:
         return destination
     note(f"step {step}: exporting and verifying {destination}")

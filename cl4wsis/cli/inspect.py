@@ -45,7 +45,10 @@ def _inspect_plan(path: Path, as_json: bool) -> None:
         print_json({"kind": "plan", **plan.model_dump(mode="json")})
         return
     print_fields(f"plan {plan.name}", _plan_fields(plan))
-    rows = ((step, "masks" if step == 0 else "image tags", ", ".join(names)) for step, names in enumerate(plan.steps))
+    rows = (
+        (step, "masks" if plan.learns_from_masks(step) else "image tags", ", ".join(names))
+        for step, names in enumerate(plan.steps)
+    )
     print_table("Steps", ("step#", "learns from", "classes"), rows)
 
 

@@ -157,7 +157,10 @@ def launch_fabric(plan: "Plan", device: str, devices: str = "1") -> "Fabric":
         return build_fabric(plan, device, int(devices) if devices.isdecimal() else devices)
     except (ValueError, TypeError, RuntimeError, ImportError, MisconfigurationException) as error:
         reason = " ".join(str(error).split()).rstrip(".")
+        several, rule = "", ""
+        if devices != "1":
+            several = f" with --devices {devices}"
+            rule = ", and --devices auto or a number from 1, on GPUs at most as many as there are"
         raise RunError(
-            f"--device {device} with --devices {devices} cannot be used here ({reason}): --device takes auto, cpu, "
-            "cuda or mps, and --devices auto or a number from 1, on GPUs at most as many as there are"
+            f"--device {device}{several} cannot be used here ({reason}): --device takes auto, cpu, cuda or mps{rule}"
         ) from error

@@ -25,7 +25,7 @@ from cl4wsis.datasets.pictures import (
 )
 from cl4wsis.datasets.plans import load_evaluation_set, load_masked_pictures, load_tagged_pictures
 from cl4wsis.datasets.tags import read_tags
-from cl4wsis.datasets.views import PhaseName, StepView, build_step_view, learns_from_masks
+from cl4wsis.datasets.views import PhaseName, StepView, build_step_view
 
 __all__ = [
     "VOC_CLASSES",
@@ -44,7 +44,6 @@ __all__ = [
     "build_step_view",
     "check_plan",
     "check_sources",
-    "learns_from_masks",
     "load_evaluation_set",
     "load_masked_pictures",
     "load_tagged_pictures",

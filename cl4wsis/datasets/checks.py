@@ -26,7 +26,7 @@ from cl4wsis.datasets.plans import (
     sources_of_masks,
 )
 from cl4wsis.datasets.problems import problems_of, raise_problems
-from cl4wsis.datasets.views import build_step_view, learns_from_masks
+from cl4wsis.datasets.views import build_step_view
 from cl4wsis.errors import DataError
 from cl4wsis.proposals import read_proposals
 from cl4wsis.shapes import check_shape_names, draw_evaluation_picture
@@ -204,10 +204,9 @@ class _Survey:
     def _step_listings(self, step: int) -> Sequence[tuple[Listing[Picture], Sequence[str]]]:
         plan, data = self.plan, self.data
         if isinstance(data, ShapesData):
-            steps = range(step + 1) if plan.recipe.method == "joint" else range(step, step + 1)
-            drawn = [picture for number in steps for picture in draw_training_set(plan, data, number)]
+            drawn = [picture for number in plan.mask_steps(step) for picture in draw_training_set(plan, data, number)]
             return [(Listing(drawn, Path(f"drawn for step {step}"), plan.class_names), plan.steps[step])]
-        if learns_from_masks(plan, step):
+        if plan.learns_from_masks(step):
             sources = sources_of_masks(plan, data, step)
             return [(self._masked_listing(source, step, names), names) for source, names in sources]
         return [(self._tagged_listing(data.source(step), step), plan.steps[step])]
@@ -237,7 +236,7 @@ class _Survey:
     def _summarize(self, step: int, pictures: Sequence[Picture], file: Path) -> StepSummary:
         """Count the images that belong to a step; the others, and what is missing, become findings."""
         plan, where = self.plan, f"step {step}"
-        view = build_step_view(plan, step, "base" if learns_from_masks(plan, step) else "semantic")
+        view = build_step_view(plan, step, "base" if plan.learns_from_masks(step) else "semantic")
         unusable = [picture.name for picture in pictures if not self._is_usable(picture)]
         chosen = [picture for picture in pictures if self._is_usable(picture) and view.selects(picture.tags)]
         if unusable:
@@ -398,12 +397,12 @@ def _count_classes(pictures: Iterable[Picture], names: Sequence[str], has_masks:
 
 
 def _uncounted_shapes(plan: Plan, data: ShapesData, step: int) -> StepSummary:
-    steps = step + 1 if plan.recipe.method == "joint" else 1
+    num_images = len(plan.mask_steps(step)) * data.num_train
     return StepSummary(
         step=step,
-        learns_from="masks" if learns_from_masks(plan, step) else "tags",
-        source_images=steps * data.num_train,
-        images=steps * data.num_train,
+        learns_from="masks" if plan.learns_from_masks(step) else "tags",
+        source_images=num_images,
+        images=num_images,
         with_old=None,
         with_later=None,
         unusable=0,

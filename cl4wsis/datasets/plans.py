@@ -62,7 +62,7 @@ def load_masked_pictures(plan: Plan, step: int) -> list[MaskedPicture]:
         DataError: a source has no instances, they cannot be read, or they lack a class of its steps.
     """
     if isinstance(plan.data, ShapesData):
-        return [picture for number in _mask_steps(plan, step) for picture in draw_training_set(plan, plan.data, number)]
+        return [picture for number in plan.mask_steps(step) for picture in draw_training_set(plan, plan.data, number)]
     images: list[MaskedPicture] = []
     for source, names in sources_of_masks(plan, plan.data, step):
         listing = list_masked_pictures(plan, source, step, names)
@@ -85,7 +85,7 @@ def draw_training_set(plan: Plan, data: ShapesData, step: int) -> list[DrawnPict
 def sources_of_masks(plan: Plan, data: FileData, step: int) -> list[tuple[FileSource, list[str]]]:
     """List the sources whose masks a step reads, each once, with the classes it should hold."""
     sources: list[tuple[FileSource, list[str]]] = []
-    for number in _mask_steps(plan, step):
+    for number in plan.mask_steps(step):
         source = data.source(number)
         known = [names for other, names in sources if other == source]
         if known:
@@ -93,10 +93,6 @@ def sources_of_masks(plan: Plan, data: FileData, step: int) -> list[tuple[FileSo
         else:
             sources.append((source, list(plan.steps[number])))
     return sources
-
-
-def _mask_steps(plan: Plan, step: int) -> range:
-    return range(step + 1) if plan.recipe.method == "joint" else range(step, step + 1)
 
 
 def list_masked_pictures(plan: Plan, source: FileSource, step: int, names: Sequence[str]) -> MaskedListing:

@@ -42,11 +42,6 @@ class StepView:
         return np.array([name in visible for name in self.class_names], dtype=np.float32)
 
 
-def learns_from_masks(plan: Plan, step: int) -> bool:
-    """Tell whether a step is trained on masks: the base step, and every step of the supervised baselines."""
-    return step == 0 or plan.recipe.method != "cl4wsis"
-
-
 def build_step_view(plan: Plan, step: int, phase: PhaseName) -> StepView:
     """Work out what a step may know.
 
@@ -61,7 +56,7 @@ def build_step_view(plan: Plan, step: int, phase: PhaseName) -> StepView:
     split = plan.split(step)
     method = plan.recipe.method
     supervised = phase == "base"
-    if supervised != learns_from_masks(plan, step):
+    if supervised != plan.learns_from_masks(step):
         raise ValueError(f"step {step} of plan '{plan.name}' with method '{method}' has no phase '{phase}'")
     current_names = split.seen_names if method == "joint" else split.new_names
     later_names = tuple(name for name in plan.class_names if name not in split.seen_names)

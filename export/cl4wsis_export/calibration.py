@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from cl4wsis.datasets import Picture, learns_from_masks, load_masked_pictures, load_tagged_pictures
+from cl4wsis.datasets import Picture, load_masked_pictures, load_tagged_pictures
 from cl4wsis.errors import DataError
 from cl4wsis.tasks import Plan, ShapesData
 
@@ -61,7 +61,7 @@ def _sources(plan: Plan, step: int) -> list[int]:
 
 def _list_pictures(plan: Plan, step: int) -> Sequence[Picture]:
     try:
-        if not learns_from_masks(plan, step):
+        if not plan.learns_from_masks(step):
             return load_tagged_pictures(plan, step)
         # With joint training this would list the images of all steps so far, for every one of them.
         alone = plan.recipe.model_copy(update={"method": "fine-tune"})

@@ -57,6 +57,8 @@ def test_plan_by_name_and_by_file(tmp_path: Path) -> None:
     plan = tmp_path / "mine.toml"
     plan.write_text('name = "mine"\nsteps = [["cat"], ["dog", "cow"]]\n[data]\nkind = "shapes"\n')
     assert "dog, cow" in inspect(str(plan))
+    plan.write_text(plan.read_text() + '[recipe]\nmethod = "joint"\n')
+    assert "image tags" not in inspect(str(plan))
     content = json.loads(inspect(str(plan), "--json"))
     assert (content["kind"], content["name"], content["steps"]) == ("plan", "mine", [["cat"], ["dog", "cow"]])
 

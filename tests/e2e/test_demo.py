@@ -39,6 +39,17 @@ def test_demo_trains_exports_measures_and_predicts_every_step(tmp_path: Path) ->
 
 
 @pytest.mark.slow
+def test_demo_of_joint_training_shows_its_own_network(tmp_path: Path) -> None:
+    settings = [*SETTINGS, "--set", "recipe.method=joint", "--set", "recipe.base.epochs=1"]
+    answer = RUNNER.invoke(app, ["demo", "--run", str(tmp_path), "--device", "cpu", "--json", *settings])
+    assert answer.exit_code == 0, answer.output
+    assert list(json.loads(answer.stdout)["exported model"]["steps"]) == ["2"]
+    trained = read_step(step_folder(tmp_path, 2, "joint"))
+    assert open_bundle(tmp_path / "joint" / "shapes-step2.cl4wsis").manifest.weights_sha256 == trained.weights_sha256
+    assert not (tmp_path / "step-2").exists()
+
+
+@pytest.mark.slow
 def test_exported_model_measures_as_the_network_it_came_from(tmp_path: Path) -> None:
     settings = [*SETTINGS, "--set", "recipe.network.weights=package", "--set", "recipe.base.epochs=20"]
     settings += ["--set", "recipe.base.optimizer.head_lr=0.003", "--set", "data.num_train=32"]

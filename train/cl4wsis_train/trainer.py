@@ -240,7 +240,7 @@ class _StepTraining:
         )
         assert network is not None
         self.old_network = old_network
-        if self.recipe.method != "cl4wsis" or self.step == 0:
+        if self.plan.learns_from_masks(self.step):
             base = BasePhase(network, self.recipe)
             self._run_phase("base", base, self.recipe.base.epochs, self.recipe.base.optimizer, progress, log)
             self._fit_discriminant(base, "base")
