@@ -118,6 +118,20 @@ def summarize(measurements: Sequence[Measurement]) -> list[Summary]:
     return summaries
 
 
+def check_same_settings(folder: Path, plan: Plan, step: int) -> None:
+    """Make sure that a step was trained as a plan says.
+
+    Raises:
+        RunError: it cannot be read, or was trained with other settings.
+    """
+    found = difference(read_step(folder).plan, plan, step)
+    if found is not None:
+        raise RunError(
+            f"{folder}: was trained with other settings: {found}; name another run folder with --run, or delete this "
+            "step to train it again"
+        )
+
+
 def difference(found: Plan, wanted: Plan, step: int) -> str | None:
     """Tell in which field that matters to a step two plans differ, or None.
 

@@ -177,9 +177,8 @@ def _later_steps(plan: "Plan", joint_every_step: bool) -> list[int]:
 def _train_missing(jobs: "Sequence[tuple[Plan, int, Path]]", device: str) -> None:
     """Check what is there, then train what is not, in order."""
     from cl4wsis.cli.console import note
-    from cl4wsis.comparison import difference
-    from cl4wsis.errors import RunError
-    from cl4wsis.steps import read_step, step_folder
+    from cl4wsis.comparison import check_same_settings
+    from cl4wsis.steps import step_folder
 
     missing = []
     for plan, step, run in jobs:
@@ -187,17 +186,13 @@ def _train_missing(jobs: "Sequence[tuple[Plan, int, Path]]", device: str) -> Non
         if not folder.exists():
             missing.append((plan, step, run))
             continue
-        found = difference(read_step(folder).plan, plan, step)
-        if found is not None:
-            raise RunError(
-                f"{folder}: was trained with other settings: {found}; compare in another folder (--run), or delete "
-                "this one to train it again"
-            )
+        check_same_settings(folder, plan, step)
     if not missing:
         return
     from cl4wsis_train.trainer import train_step
 
-    fabrics = {plan.recipe.precision: launch_fabric(plan, device) for plan, _, _ in missing}
+    plans = {plan.recipe.precision: plan for plan, _, _ in missing}
+    fabrics = {precision: launch_fabric(plan, device) for precision, plan in plans.items()}
     _check_data(missing)
     for number, (plan, step, run) in enumerate(missing, start=1):
         name = plan.recipe.preset or PLAN_ITSELF

@@ -49,8 +49,8 @@ def demo(
         tuned = plan.model_copy(update={"recipe": plan.recipe.model_copy(update={"method": "fine-tune"})})
         train_all(tuned, folder, device)
         reports["fine-tuned"] = measured_steps(tuned, folder)
-    pictures = predict_pictures(bundles[plan.num_steps - 1], plan, folder / "pictures")
-    note(f"{pictures} holds overlays, id maps and a COCO file of {_NUM_PICTURES} pictures")
+    pictures, number = predict_pictures(bundles[plan.num_steps - 1], plan, folder / "pictures")
+    note(f"{pictures} holds overlays, id maps and a COCO file of {number} pictures")
     if as_json:
         print_json({**steps_as_json(reports), "seconds": round(time.monotonic() - start, 1)})
     else:
@@ -60,12 +60,14 @@ def demo(
 def train_all(plan: "Plan", run: Path, device: str) -> None:
     """Train the steps of a plan that are not trained yet."""
     from cl4wsis.cli.console import note
-    from cl4wsis.steps import read_plan_step, trained_steps
+    from cl4wsis.comparison import check_same_settings
+    from cl4wsis.steps import read_plan_step, step_folder, trained_steps
     from cl4wsis_train.trainer import missing_steps, train_step
 
     for step in trained_steps(run, plan.recipe.variant):
         if step < plan.num_steps:
             read_plan_step(plan, step, run)
+            check_same_settings(step_folder(run, step, plan.recipe.variant), plan, step)
     missing = missing_steps(plan, plan.num_steps - 1, run)
     fabric = launch_fabric(plan, device, "auto") if missing else None
     for step in missing:
@@ -100,8 +102,12 @@ def measured_steps(plan: "Plan", run: Path) -> dict[int, "EvaluationReport"]:
     return {step: EvaluationReport.model_validate(info.metrics) for step, info in infos.items() if info.metrics}
 
 
-def predict_pictures(bundle: Path, plan: "Plan", folder: Path) -> Path:
-    """Write the first evaluation images to files and predict them as a user would."""
+def predict_pictures(bundle: Path, plan: "Plan", folder: Path) -> tuple[Path, int]:
+    """Write the first evaluation images to files and predict them as a user would.
+
+    Returns:
+        The folder of the results, and the number of images.
+    """
     from cl4wsis.cli.predict import FORMATS, predict_sources
     from cl4wsis.datasets import load_evaluation_set
     from cl4wsis.images import write_png
@@ -109,7 +115,8 @@ def predict_pictures(bundle: Path, plan: "Plan", folder: Path) -> Path:
     samples = load_evaluation_set(plan, plan.num_steps - 1)
     images = folder / "images"
     images.mkdir(parents=True, exist_ok=True)
-    for index in range(min(_NUM_PICTURES, len(samples))):
-        write_png(images / f"{index:03d}.png", samples[index].image)
+    chosen = samples[:_NUM_PICTURES]
+    for index, sample in enumerate(chosen):
+        write_png(images / f"{index:03d}.png", sample.image)
     predict_sources([str(images)], bundle, folder / "masks", list(FORMATS))
-    return folder / "masks"
+    return folder / "masks", len(chosen)

@@ -280,5 +280,15 @@ differ between torch and ONNX Runtime on at most {check.differing_pixels:.3%} of
 
 
 def _accuracy(metrics: dict[str, Any]) -> str:
-    figures = [f"- {name}: {value:.4g}" for name, value in metrics.items() if isinstance(value, int | float)]
-    return "**Accuracy** after training\n\n" + "\n".join(figures) + "\n" if figures else ""
+    """Tabulate what was measured after training, for the old and the new classes and for all."""
+    rows = [
+        f"| {title} | " + " | ".join(_percent(metrics[name].get(group)) for group in ("old", "new", "all")) + " |"
+        for name, title in (("ap50", "AP50"), ("ap", "AP"), ("coco_ap", "COCO AP"), ("iou", "mIoU"))
+        if isinstance(metrics.get(name), dict)
+    ]
+    head = "**Accuracy** after training, percent, by classes\n\n| | old | new | all |\n| --- | --- | --- | --- |\n"
+    return head + "\n".join(rows) + "\n" if rows else ""
+
+
+def _percent(value: float | None) -> str:
+    return "-" if value is None else f"{100 * value:.1f}"

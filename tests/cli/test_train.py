@@ -85,6 +85,12 @@ def test_step_of_another_plan_is_refused(run: Path, command: list[str]) -> None:
     assert "--run" in answer.stderr
 
 
+def test_demo_does_not_show_steps_that_were_trained_with_other_settings(run: Path) -> None:
+    answer = RUNNER.invoke(app, ["demo", "--run", str(run), *SETTINGS, "--set", "recipe.seed=99"])
+    assert answer.exit_code == 1, answer.output
+    assert "step-0: was trained with other settings: recipe.seed was" in answer.stderr
+
+
 def test_step_of_another_plan_does_not_count_as_trained(run: Path, tmp_path: Path) -> None:
     """Where all steps are there, but one learned other classes, training says so instead of having nothing to do."""
     (tmp_path / "step-0").symlink_to(run / "step-0")

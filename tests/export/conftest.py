@@ -42,7 +42,7 @@ def step_info() -> StepInfo:
         weights_sha256="12" * 32,
         parent_sha256="34" * 32,
         seconds={"semantic": 1.5},
-        metrics={"ap50": 0.5},
+        metrics={"ap50": {"old": 0.5, "new": None, "all": 0.456}},
         versions={"torch": torch.__version__},
     )
 

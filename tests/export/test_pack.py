@@ -38,10 +38,12 @@ def test_manifest_tells_what_a_runtime_needs(bundle_path: Path, step_info: StepI
     assert manifest.input == step_info.input
     assert manifest.weights_sha256 == step_info.weights_sha256
     assert manifest.parent_sha256 == step_info.parent_sha256
-    assert manifest.accuracy == {"ap50": 0.5}
+    assert manifest.accuracy == step_info.metrics
     assert manifest.grouping.max_instances == 12
     assert (bundle_path / "labels.txt").read_text().split() == ["disc", "square", "star", "ring", "cross"]
-    assert "| 3 | ring | 1 |" in (bundle_path / "card.md").read_text()
+    card = (bundle_path / "card.md").read_text()
+    assert "| 3 | ring | 1 |" in card
+    assert "| AP50 | 50.0 | - | 45.6 |" in card
 
 
 def test_verification_compared_something(bundle_path: Path) -> None:

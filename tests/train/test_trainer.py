@@ -290,12 +290,22 @@ def test_baselines_share_the_base_step_or_begin_anew(run: Path, method: str, par
     assert set(read_step(folder).seconds) == {"base"}
 
 
-@pytest.mark.slow
-def test_two_processes_train_every_phase(tmp_path: Path) -> None:
+def start_training(launcher: list[str], *arguments: str) -> None:
     settings = [part for override in TINY for part in ("--set", override)]
-    command = [sys.executable, "-m", "cl4wsis", "train-step", "--step", "1", "--with-previous", "--run", str(tmp_path)]
-    command += ["--device", "cpu", "--devices", "2", *settings]
+    command = [sys.executable, "-m", *launcher, "train-step", "--device", "cpu", *arguments, *settings]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     finished = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=240, check=False)
     assert finished.returncode == 0, finished.stderr
+
+
+@pytest.mark.slow
+def test_two_processes_train_every_phase(tmp_path: Path) -> None:
+    start_training(["cl4wsis"], "--devices", "2", "--step", "1", "--with-previous", "--run", str(tmp_path))
     assert trained_steps(tmp_path) == [0, 1]
+
+
+@pytest.mark.slow
+def test_torchrun_decides_on_the_processes(tmp_path: Path) -> None:
+    launcher = ["torch.distributed.run", "--nproc-per-node", "2", "-m", "--", "cl4wsis"]
+    start_training(launcher, "--step", "0", "--run", str(tmp_path))
+    assert trained_steps(tmp_path) == [0]

@@ -6,6 +6,7 @@ folder. Devices, precision and processes are lightning-fabric's.
 
 import hashlib
 import logging
+import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -132,12 +133,20 @@ def build_fabric(plan: Plan, device: str = "auto", num_devices: int | str = "aut
         plan: gives the precision.
         device: ``auto``, ``cpu``, ``cuda`` or ``mps``.
         num_devices: processes on this machine; ``auto`` is one on a CPU and all GPUs otherwise. Under ``torchrun`` or
-            ``fabric run`` the launcher decides.
+            ``fabric run`` the launcher decides, on the number of machines too.
     """
-    if device in ("auto", "cpu") and num_devices == "auto" and not torch.cuda.is_available():
+    num_nodes = 1
+    if torch.distributed.is_torchelastic_launched():
+        num_devices = int(os.environ["LOCAL_WORLD_SIZE"])
+        num_nodes = int(os.environ["WORLD_SIZE"]) // num_devices
+    elif device in ("auto", "cpu") and num_devices == "auto" and not torch.cuda.is_available():
         num_devices = 1
     fabric = Fabric(
-        accelerator=device, devices=num_devices, precision=plan.recipe.precision, strategy=_strategy(num_devices)
+        accelerator=device,
+        devices=num_devices,
+        num_nodes=num_nodes,
+        precision=plan.recipe.precision,
+        strategy=_strategy(num_devices),
     )
     fabric.launch()
     return fabric
