@@ -30,10 +30,11 @@ from cl4wsis.checks import Agreement, Limits, VariantCheck
 from cl4wsis.config import Settings
 from cl4wsis.errors import BundleError
 from cl4wsis.grouping import GroupingSpec
-from cl4wsis.locks import lock_folder
+from cl4wsis.locks import lock_by_name, lock_folder
 from cl4wsis.steps import ClassInfo, InputRule, file_sha256, write_text_atomically
 
 FORMAT: Literal["cl4wsis-bundle/1"] = "cl4wsis-bundle/1"
+_FORMAT_NAME = FORMAT.partition("/")[0] + "/"
 SUFFIX = ".cl4wsis"
 MANIFEST_FILE = "manifest.json"
 MODEL_FILE = "model.onnx"
@@ -284,7 +285,7 @@ def open_bundle(path: str | Path) -> Bundle:
     """
     path = Path(path)
     if path.is_dir():
-        bundle = Bundle(path, _read_manifest(path))
+        bundle = Bundle(path, _without_lost_engines(path, _read_manifest(path)))
         _check_files(bundle)
         if bundle.manifest.variants:
             return bundle
@@ -370,7 +371,7 @@ def write_bundle(destination: Path, manifest: Manifest, files: Mapping[str, byte
     check_destination(destination)
     try:
         destination.parent.mkdir(parents=True, exist_ok=True)
-        with _replaced_folder(destination) as folder:
+        with replaced_folder(destination) as folder:
             for name, content in files.items():
                 (folder / name).parent.mkdir(parents=True, exist_ok=True)
                 (folder / name).write_bytes(content)
@@ -388,8 +389,17 @@ def check_destination(destination: Path) -> None:
     Raises:
         BundleError: something else is there.
     """
-    if destination.exists() and not (destination / MANIFEST_FILE).is_file():
+    if destination.exists() and not _is_bundle(destination):
         raise BundleError(f"{destination}: exists and is no bundle; move it away or choose another name with --out")
+
+
+def _is_bundle(folder: Path) -> bool:
+    """Tell whether a folder is a bundle, of whatever version: others have a manifest.json too."""
+    try:
+        content = json.loads((folder / MANIFEST_FILE).read_bytes())
+    except (OSError, ValueError):
+        return False
+    return isinstance(content, dict) and str(content.get("format")).startswith(_FORMAT_NAME)
 
 
 def update_manifest(bundle: Bundle, changes: Changes | Callable[[Manifest], Changes]) -> None:
@@ -408,7 +418,7 @@ def update_manifest(bundle: Bundle, changes: Changes | Callable[[Manifest], Chan
     if not bundle.path.is_dir():
         raise BundleError(f"{bundle.path}: is a graph by itself and has no manifest; open the bundle folder")
     path = bundle.path / MANIFEST_FILE
-    with lock_folder(bundle.path, wait=True):
+    with lock_by_name(bundle.path):
         current = _read_manifest(bundle.path)
         values = changes(current) if callable(changes) else changes
         changed = _build_manifest({**current.model_dump(), **values}, str(path))
@@ -423,8 +433,15 @@ def _manifest_text(manifest: Manifest) -> str:
 
 
 @contextmanager
-def _replaced_folder(destination: Path) -> Iterator[Path]:
-    """Give a temporary folder beside the destination that takes its place when the block ends without an error."""
+def replaced_folder(destination: Path) -> Iterator[Path]:
+    """Give a temporary folder beside the destination that takes its place when the block ends without an error.
+
+    What a killed process left there is removed. Where the destination is a link, what it names is replaced.
+
+    Args:
+        destination: final name of the folder; its parent exists.
+    """
+    destination = destination.resolve()
     _remove_leftovers(destination)
     token = uuid.uuid4().hex[:8]
     temporary = destination.with_name(f".{destination.name}.{token}.tmp")
@@ -433,17 +450,19 @@ def _replaced_folder(destination: Path) -> Iterator[Path]:
     with lock_folder(temporary):  # so that no other process takes it for a leftover
         try:
             yield temporary
-            if destination.exists():
-                destination.rename(old)
-            try:
-                temporary.rename(destination)
-            except OSError:
-                if old.exists():
-                    old.rename(destination)
-                raise
+            with lock_by_name(destination):  # who changes the manifest ends first, or does so in the new folder
+                try:
+                    if destination.exists():
+                        destination.rename(old)
+                    temporary.rename(destination)
+                except BaseException:
+                    if old.exists() and not destination.exists():
+                        old.rename(destination)
+                    raise
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
-            shutil.rmtree(old, ignore_errors=True)
+            if destination.exists():
+                shutil.rmtree(old, ignore_errors=True)
 
 
 def _remove_leftovers(destination: Path) -> None:
@@ -472,6 +491,15 @@ def _read_manifest(folder: Path) -> Manifest:
     except (ValueError, RecursionError) as error:
         raise BundleError(f"{path}: is damaged ({error}); export the step again") from error
     return _build_manifest(content, str(path))
+
+
+def _without_lost_engines(folder: Path, manifest: Manifest) -> Manifest:
+    """Forget engines that are not there: they are a cache, left out by whoever copies a bundle to another machine."""
+    listed = {engine.file for engine in manifest.engines} & manifest.files.keys()
+    lost = {file for file in listed if not (folder / file).is_file()}
+    kept = tuple(engine for engine in manifest.engines if engine.file not in lost)
+    files = {name: digest for name, digest in manifest.files.items() if name not in lost}
+    return manifest.model_copy(update={"engines": kept, "files": files}) if lost else manifest
 
 
 def _build_manifest(content: Any, source: str) -> Manifest:

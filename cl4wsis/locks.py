@@ -40,3 +40,23 @@ def lock_folder(folder: Path, wait: bool = False) -> Iterator[bool]:
         yield is_held
     finally:
         os.close(handle)
+
+
+@contextmanager
+def lock_by_name(folder: Path) -> Iterator[None]:
+    """Hold the lock of the folder that bears a name, and not of one that was replaced while its lock was waited for."""
+    while True:
+        before = folder_identity(folder)
+        with lock_folder(folder, wait=True):
+            if folder_identity(folder) == before:
+                yield
+                return
+
+
+def folder_identity(path: Path) -> tuple[int, int] | None:
+    """Return what tells a folder or file from its successor of the same name; None in the moment between the two."""
+    try:
+        state = path.stat()
+    except OSError:
+        return None
+    return state.st_dev, state.st_ino

@@ -17,6 +17,7 @@ from cl4wsis.geometry import FitTransform, restore_instances
 from cl4wsis.grouping import group_maps
 from cl4wsis.images import read_image
 from cl4wsis.instances import Instances
+from cl4wsis.locks import folder_identity
 from cl4wsis.preprocess import prepare_batch, prepare_image
 from cl4wsis.steps import ClassInfo
 from cl4wsis_serve.backends.base import MAP_NAMES, Backend, Outputs, check_maps, check_outputs
@@ -258,26 +259,17 @@ def _open_one(path: Path, load: Callable[[Bundle], Selection]) -> tuple[Bundle, 
     Manifest and graph are found by their paths one after the other, and must not be of two bundles.
     """
     for is_last in (*[False] * _REPLACED_MEANWHILE, True):
-        before = _identity(path)
+        before = folder_identity(path)
         try:
             bundle = open_bundle(path)
             selection = load(bundle)
         except Cl4wsisError:
-            if is_last or _identity(path) == before is not None:
+            if is_last or folder_identity(path) == before is not None:
                 raise
             continue
-        if _identity(path) == before:
+        if folder_identity(path) == before:
             return bundle, selection
     raise BundleError(f"{path}: is being replaced again and again; open it once its export has ended")
-
-
-def _identity(path: Path) -> tuple[int, int] | None:
-    """Return what tells a folder or file from its successor of the same name; None in the moment between the two."""
-    try:
-        state = path.stat()
-    except OSError:
-        return None
-    return state.st_dev, state.st_ino
 
 
 def _load(source: Source) -> Image:

@@ -1,12 +1,14 @@
 """The bundle: written whole or not at all, and opened only if nothing was changed."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from hashlib import sha256
 from pathlib import Path
 
 import pytest
 
+from cl4wsis import locks
 from cl4wsis.bundle import (
     MANIFEST_FILE,
     EngineInfo,
@@ -19,6 +21,7 @@ from cl4wsis.bundle import (
     metadata_from_manifest,
     open_bundle,
     read_onnx_metadata,
+    update_manifest,
     write_bundle,
 )
 from cl4wsis.errors import BundleError
@@ -156,6 +159,64 @@ def test_a_folder_that_is_no_bundle_is_never_replaced(tmp_path: Path) -> None:
     with pytest.raises(BundleError, match="exists and is no bundle"):
         write_bundle(tmp_path / "photos", make_manifest(), FILES)
     assert (tmp_path / "photos/a.jpg").read_bytes() == b"precious"
+
+
+@pytest.mark.parametrize("content", ['{"manifest_version": 3}', '{"format": "zip"}', "[]", "no JSON"])
+def test_manifests_of_others_make_no_bundle(tmp_path: Path, content: str) -> None:
+    (tmp_path / "extension").mkdir()
+    (tmp_path / "extension/manifest.json").write_text(content)
+    (tmp_path / "extension/thesis.tex").write_text("precious")
+    with pytest.raises(BundleError, match="exists and is no bundle"):
+        write_bundle(tmp_path / "extension", make_manifest(), FILES)
+    assert (tmp_path / "extension/thesis.tex").read_text() == "precious"
+
+
+def test_ctrl_c_while_a_bundle_is_replaced_brings_the_old_one_back(
+    bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rename = Path.rename
+
+    def interrupted(path: Path, target: Path) -> Path:
+        if path.suffix == ".tmp":
+            raise KeyboardInterrupt
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        write_bundle(bundle, make_manifest(step=2), FILES)
+    assert open_bundle(bundle).manifest.step == 1
+    assert [path.name for path in bundle.parent.iterdir()] == ["pets.cl4wsis"]
+
+
+def test_a_link_to_a_bundle_stays_a_link(bundle: Path, tmp_path: Path) -> None:
+    link = tmp_path / "latest.cl4wsis"
+    link.symlink_to(bundle)
+    write_bundle(link, make_manifest(step=2), FILES)
+    assert link.is_symlink()
+    assert open_bundle(bundle).manifest.step == 2
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["latest.cl4wsis", "pets.cl4wsis"]
+
+
+def test_a_manifest_is_changed_in_the_bundle_that_bears_the_name(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While a process waits for the lock, an export puts another bundle in place."""
+    opened, lock = open_bundle(bundle), locks.lock_folder
+    exports = [2]
+
+    @contextmanager
+    def late(folder: Path, wait: bool = False) -> Iterator[bool]:
+        with lock(folder, wait) as is_held:
+            if exports:
+                write_bundle_elsewhere(bundle, exports.pop())
+            yield is_held
+
+    def write_bundle_elsewhere(path: Path, step: int) -> None:
+        path.rename(path.with_name("before"))
+        write_bundle(path.with_name("new"), make_manifest(step=step), FILES).rename(path)
+
+    monkeypatch.setattr(locks, "lock_folder", late)
+    update_manifest(opened, {"name": "renamed"})
+    manifest = open_bundle(bundle).manifest
+    assert (manifest.name, manifest.step) == ("renamed", 2)
 
 
 def test_an_unwritable_destination_is_named(tmp_path: Path) -> None:
