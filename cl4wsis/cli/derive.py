@@ -34,8 +34,7 @@ def engine_spec(options: EngineOptions, is_rtx: bool) -> "EngineSpec":
         ConfigError: a value is impossible.
     """
     from cl4wsis.config import build_settings
-    from cl4wsis_export.engines import EngineSpec
-    from cl4wsis_export.rtx import DEFAULT_COMPUTE_CAPABILITIES
+    from cl4wsis_export.engines import DEFAULT_COMPUTE_CAPABILITIES, EngineSpec
 
     values: dict[str, Any] = {
         "opt_batch": options.opt_batch,
@@ -91,25 +90,43 @@ def add_engines(bundle: Path, is_rtx: bool, precisions: Sequence["Precision"], o
     return [str(engine.path) for engine in found]
 
 
-def write_triton(bundle: Path, out: Path | None, precision: "Precision", engine: Path | None) -> list[str]:
+def write_triton(bundle: Path, out: Path | None, precision: "Precision | None", engine: Path | None) -> list[str]:
     """Write a Triton model repository, with the graph or with one of the bundle's TensorRT engines.
+
+    Args:
+        bundle: folder or graph.
+        out: the repository; ``triton`` beside the bundle when not given.
+        precision: of the graph; the default of the bundle, or that of the engine, when not given.
+        engine: to be served instead of the graph.
 
     Returns:
         Path of the model within it.
+
+    Raises:
+        BundleError: the engine is of another precision.
     """
     from cl4wsis.bundle import open_bundle
-    from cl4wsis.engines import engine_at
+    from cl4wsis.engines import engine_at, graph_sha256
+    from cl4wsis.errors import BundleError
     from cl4wsis_export.triton import write_repository
 
     opened = open_bundle(bundle)
     found = None if engine is None else engine_at(opened, engine)
-    return [str(write_repository(opened, opened.variant(precision), out or _base(bundle).parent / "triton", found))]
+    if found is None:
+        variant = opened.variant(precision or default_precision(bundle))
+    else:
+        held = opened.manifest.variants
+        variant = next(variant for variant in held if graph_sha256(opened, variant) == found.info.graph_sha256)
+        if precision not in (None, variant.precision):
+            raise BundleError(f"{engine}: is an engine of the {variant.precision} graph; leave out --precision")
+    return [str(write_repository(opened, variant, out or _base(bundle).parent / "triton", found))]
 
 
 def _base(bundle: Path) -> Path:
     """Return a bundle, or the one whose graph was named: what is made of it goes beside it, not into it."""
     from cl4wsis.bundle import MANIFEST_FILE
 
+    bundle = bundle.resolve()
     return bundle.parent if bundle.is_file() and (bundle.parent / MANIFEST_FILE).is_file() else bundle
 
 
@@ -119,11 +136,12 @@ def write_openvino(bundle: Path, out: Path | None, precision: "Precision") -> li
     Returns:
         Path of the folder.
     """
-    from cl4wsis.bundle import PRECISION_OPTIONS, open_bundle
+    from cl4wsis.bundle import PRECISION_OPTIONS, SUFFIX, open_bundle
     from cl4wsis_export.openvino import write_openvino
 
     opened = open_bundle(bundle)
     suffix = "" if precision == "float32" else f"-{PRECISION_OPTIONS[precision]}"
     base = _base(bundle)
-    destination = out or base.with_name(f"{base.stem.removesuffix(suffix)}{suffix}-openvino")
+    name = base.name.removesuffix(SUFFIX).removesuffix(".onnx")
+    destination = out or base.with_name(f"{name.removesuffix(suffix)}{suffix}-openvino")
     return [str(write_openvino(opened, opened.variant(precision), destination))]

@@ -271,11 +271,12 @@ def _derive(
     """Make something out of a bundle, and return the paths of what was written."""
     from cl4wsis.cli import derive
 
-    precisions: Any = _precisions(precision) if precision else [derive.default_precision(bundle)]
+    given: Any = _precisions(precision) if precision else []
+    if format is ExportFormat.TRITON:
+        return derive.write_triton(bundle, out, given[0] if given else None, engine)
+    precisions = given or [derive.default_precision(bundle)]
     if format in _ENGINES:
         return derive.add_engines(bundle, format is ExportFormat.TENSORRT_RTX, precisions, options)
-    if format is ExportFormat.TRITON:
-        return derive.write_triton(bundle, out, precisions[0], engine)
     return derive.write_openvino(bundle, out, precisions[0])
 
 

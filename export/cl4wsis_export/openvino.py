@@ -4,8 +4,6 @@ OpenVINO reads the ONNX graph too; its own format loads faster and is what OpenV
 family take.
 """
 
-import shutil
-import uuid
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cl4wsis.agreement import AgreementCounter
-from cl4wsis.bundle import LABELS_FILE, Bundle, Manifest, VariantInfo, read_onnx_metadata
+from cl4wsis.bundle import LABELS_FILE, Bundle, Manifest, VariantInfo, read_onnx_metadata, replaced_folder
 from cl4wsis.checks import DEFAULT_LIMITS
 from cl4wsis.errors import BackendError, BundleError, require
 from cl4wsis.grouping import group_maps
@@ -22,6 +20,7 @@ from cl4wsis.instances import Instances
 
 INPUT_NAME = "images"
 MODEL_FILE = "model.xml"
+_WEIGHTS_FILE = "model.bin"
 _RUNTIME_SECTION = "cl4wsis"
 
 
@@ -57,23 +56,15 @@ def write_openvino(bundle: Bundle, variant: VariantInfo, destination: Path) -> P
         raise BackendError(f"{graph}: openvino {openvino.__version__} cannot convert it: {reason}") from error
     for key, text in read_onnx_metadata(graph).items():
         model.set_rt_info(text, [_RUNTIME_SECTION, key.removeprefix("cl4wsis.")])
-    temporary = destination.with_name(f".{destination.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
         destination.parent.mkdir(parents=True, exist_ok=True)
-        for leftover in destination.parent.glob(f".{destination.name}.*.tmp"):
-            shutil.rmtree(leftover, ignore_errors=True)
-        temporary.mkdir()
-        openvino.save_model(model, str(temporary / MODEL_FILE), compress_to_fp16=False)
-        names = "".join(f"{info.name}\n" for info in bundle.manifest.classes)
-        (temporary / LABELS_FILE).write_text(names, encoding="utf-8")
-        _check(openvino, temporary / MODEL_FILE, bundle, variant)
-        if destination.exists():
-            shutil.rmtree(destination)
-        temporary.rename(destination)
+        with replaced_folder(destination) as folder:
+            openvino.save_model(model, str(folder / MODEL_FILE), compress_to_fp16=False)
+            names = "".join(f"{info.name}\n" for info in bundle.manifest.classes)
+            (folder / LABELS_FILE).write_text(names, encoding="utf-8")
+            _check(openvino, folder / MODEL_FILE, bundle, variant)
     except OSError as error:
         raise BundleError(f"{destination}: cannot be written: {error.strerror or error}") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     return destination
 
 
@@ -85,13 +76,19 @@ def _golden_frames(bundle: Bundle) -> list[NDArray[np.uint8]]:
 
 
 def check_destination(destination: Path) -> None:
-    """Check that a model may be written here: the place is free, or holds another one.
+    """Check that a model may be written here: the place is free, or holds another one and nothing else.
 
     Raises:
         BundleError: something else is there.
     """
-    if destination.exists() and not (destination / MODEL_FILE).is_file():
-        raise BundleError(f"{destination}: exists and holds no {MODEL_FILE}; choose another folder with --out")
+    if not destination.exists():
+        return
+    names = {path.name for path in destination.iterdir()} if destination.is_dir() else set()
+    if MODEL_FILE not in names or not names <= {MODEL_FILE, _WEIGHTS_FILE, LABELS_FILE}:
+        raise BundleError(
+            f"{destination}: exists and holds something else than {MODEL_FILE}, {_WEIGHTS_FILE} and {LABELS_FILE}; "
+            "choose another folder with --out"
+        )
 
 
 def _check(openvino: Any, model: Path, bundle: Bundle, variant: VariantInfo) -> None:

@@ -10,12 +10,10 @@ Triton's versions are positive numbers, so a step is served as version step + 1;
 
 import json
 import re
-import shutil
-import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from cl4wsis.bundle import LABELS_FILE, Bundle, TensorInfo, VariantInfo
+from cl4wsis.bundle import LABELS_FILE, Bundle, TensorInfo, VariantInfo, replaced_folder
 from cl4wsis.engines import FoundEngine
 from cl4wsis.errors import BundleError
 from cl4wsis.images import read_image
@@ -26,6 +24,7 @@ MAX_BATCH = 8
 _TYPES = {"uint8": "TYPE_UINT8", "int32": "TYPE_INT32", "float32": "TYPE_FP32"}
 _MAX_QUEUE_DELAY_US = 2000
 _VERSIONS_KEPT = 2
+_CLASS_NAMES, _PLAN = "class_names", "plan"
 
 
 def write_repository(
@@ -60,7 +59,12 @@ def write_repository(
     _check_engine(engine)
     folder = repository / name
     version = folder / str(manifest.step + 1)
+    others = [int(path.name) for path in folder.glob("*") if path.name.isdecimal() and path.name != version.name]
+    is_highest = all(number < int(version.name) for number in others)
     batch = max_batch if engine is None else engine.info.max_batch
+    stated = _stated_batch(folder) if others else None
+    if stated is not None and is_highest:
+        batch = min(batch, stated)  # the engine of a lower version may take no more
     files = _model_files(bundle, variant, engine)
     warmup = _warmup_files(bundle)
     labels = "".join(f"{info.name}\n" for info in manifest.classes)
@@ -73,11 +77,16 @@ def write_repository(
         outputs,
         [info.name for info in manifest.classes],
         [f"{manifest.step}-{path.removesuffix('.raw')}" for path in warmup],
+        manifest.plan,
     )
     _check_inputs_agree(folder, config)
-    is_highest = not any(path.name.isdecimal() and int(path.name) > manifest.step + 1 for path in folder.glob("*"))
-    if not is_highest:
-        _check_batches_fit(folder, batch)
+    if others:
+        _check_same_model(folder, config, is_highest)
+    if stated is not None and stated > batch:
+        raise BundleError(
+            f"{folder}: holds a later step with batches of up to {stated}, and this engine takes {batch}; build it "
+            f"with --max-batch {stated}, or choose another folder with --out"
+        )
     try:
         (folder / WARMUP_FOLDER).mkdir(parents=True, exist_ok=True)
         if is_highest:
@@ -105,6 +114,7 @@ def render_config(
     outputs: Sequence[TensorInfo],
     class_names: Sequence[str],
     warmup: Sequence[str],
+    plan: str,
 ) -> str:
     """Write the configuration of a model as Triton reads it, the text form of its ``ModelConfig`` message.
 
@@ -116,6 +126,7 @@ def render_config(
         outputs: likewise.
         class_names: in label order; clients find them as the parameter ``class_names``, a JSON list.
         warmup: names of files in ``warmup/``, one image each, run at every batch size before the model is ready.
+        plan: whose steps the versions are; clients find it as the parameter ``plan``.
     """
     preferred = [size for size in (2, 4, 8, 16, 32) if size <= max_batch]
     lines = [f"name: {_quote(name)}", f"platform: {_quote(platform)}", f"max_batch_size: {max_batch}"]
@@ -127,15 +138,24 @@ def render_config(
         *([f"  preferred_batch_size: [ {', '.join(map(str, preferred))} ]"] if preferred else []),
         f"  max_queue_delay_microseconds: {_MAX_QUEUE_DELAY_US}",
         "}",
-        "parameters {",
-        '  key: "class_names"',
-        f"  value {{ string_value: {_quote(json.dumps(list(class_names), ensure_ascii=False))} }}",
-        "}",
+        *_parameter(_CLASS_NAMES, json.dumps(list(class_names), ensure_ascii=False)),
+        *_parameter(_PLAN, plan),
     ]
     for file in warmup:
         for batch in sorted({1, *preferred, max_batch}):
             lines += _warmup(file, batch, inputs[0])
     return "\n".join(lines) + "\n"
+
+
+def _parameter(key: str, text: str) -> list[str]:
+    return ["parameters {", f"  key: {_quote(key)}", f"  value {{ string_value: {_quote(text)} }}", "}"]
+
+
+def _read_parameter(config: str, key: str) -> str | None:
+    """Return a parameter of a configuration as :func:`render_config` writes it."""
+    text = r'"(?:[^"\\]|\\.)*"'
+    found = re.search(rf"key: {re.escape(_quote(key))}\s*value {{ string_value: ({text}) }}", config)
+    return None if found is None else str(json.loads(found[1]))
 
 
 def _tensor(kind: str, tensor: TensorInfo) -> list[str]:
@@ -229,14 +249,30 @@ def _check_inputs_agree(folder: Path, config: str) -> None:
         )
 
 
-def _check_batches_fit(folder: Path, batch: int) -> None:
-    """Check that a version can take the batches that the configuration of a higher one lets the server put together."""
-    stated = re.search(r"^max_batch_size: (\d+)$", (folder / CONFIG_FILE).read_text(encoding="utf-8"), re.MULTILINE)
-    if stated and int(stated[1]) > batch:
+def _check_same_model(folder: Path, config: str, is_highest: bool) -> None:
+    """Check that a version is a step of the plan of the others: classes of the lower steps are the first of the higher.
+
+    Raises:
+        BundleError: it is not.
+    """
+    before = (folder / CONFIG_FILE).read_text(encoding="utf-8")
+    plans = [_read_parameter(text, _PLAN) for text in (before, config)]
+    lower, higher = (json.loads(_read_parameter(text, _CLASS_NAMES) or "[]") for text in (before, config))
+    if not is_highest:
+        lower, higher = higher, lower
+    if (None not in plans and plans[0] != plans[1]) or higher[: len(lower)] != lower:
         raise BundleError(
-            f"{folder}: holds a later step with batches of up to {stated[1]}, and this engine takes {batch}; build it "
-            f"with --max-batch {stated[1]}, or choose another folder with --out"
+            f"{folder}: holds steps of another plan ({plans[0] or 'unknown'}, classes {', '.join(lower)}), and all "
+            "versions of a model are steps of one; choose another folder with --out"
         )
+
+
+def _stated_batch(folder: Path) -> int | None:
+    """Return the batch size that the configuration of a model states."""
+    path = folder / CONFIG_FILE
+    text = path.read_text(encoding="utf-8") if path.is_file() else ""
+    found = re.search(r"^max_batch_size: (\d+)$", text, re.MULTILINE)
+    return None if found is None else int(found[1])
 
 
 def _tensor_part(config: str) -> str:
@@ -248,18 +284,9 @@ def _tensor_part(config: str) -> str:
 
 def _write_version(version: Path, files: Mapping[str, bytes]) -> None:
     """Put a version in place as a whole; a server ignores folders whose names are no numbers."""
-    for leftover in version.parent.glob(f".{version.name}.*.tmp"):
-        shutil.rmtree(leftover, ignore_errors=True)
-    temporary = version.with_name(f".{version.name}.{uuid.uuid4().hex[:8]}.tmp")
-    temporary.mkdir()
-    try:
+    with replaced_folder(version) as folder:
         for name, content in files.items():
-            (temporary / name).write_bytes(content)
-        if version.exists():
-            shutil.rmtree(version)
-        temporary.rename(version)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+            (folder / name).write_bytes(content)
 
 
 def _write(path: Path, content: bytes) -> None:

@@ -9,9 +9,9 @@ from bundles import write_color_bundle
 from typed import write_typed_bundle
 from typer.testing import CliRunner, Result
 
-from cl4wsis.bundle import open_bundle
+from cl4wsis.bundle import EngineInfo, open_bundle
 from cl4wsis.cli.export import export
-from cl4wsis.engines import CACHE_VARIABLE, find_machine
+from cl4wsis.engines import CACHE_VARIABLE, add_engine, find_machine, graph_sha256
 from cl4wsis.errors import BackendError, BundleError, ConfigError
 
 
@@ -95,6 +95,38 @@ def test_mistakes_are_explained(tmp_path: Path, arguments: list[str], error: typ
     with pytest.raises(error, match=message):
         raise answer.exception
     assert (path / "manifest.json").read_bytes() == before
+
+
+def test_what_is_made_of_a_bundle_lies_beside_it_wherever_the_command_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("openvino", reason="needs the extra 'openvino'")
+    path = write_color_bundle(tmp_path / "v1.0.cl4wsis")
+    monkeypatch.chdir(path)
+    for source in (".", "model.onnx"):
+        for format, written in (("openvino", "v1.0-openvino"), ("triton", "triton/colors")):
+            answer = call("--from", source, "--format", format, "--json")
+            assert answer.exit_code == 0, answer.output
+            assert json.loads(answer.stdout)["written"] == [str(tmp_path / written)]
+
+
+def test_an_engine_is_served_in_its_own_precision(tmp_path: Path) -> None:
+    path = write_typed_bundle(tmp_path / "x.cl4wsis")
+    bundle = open_bundle(path)
+    info = EngineInfo(
+        file="engines/none",
+        runtime="tensorrt 11.4.0",
+        compute_capabilities=("8.6",),
+        max_batch=4,
+        graph_sha256=graph_sha256(bundle, bundle.variant("float16")),
+    )
+    engine = add_engine(bundle, info, b"engine").path
+    arguments = ("--from", path, "--format", "triton", "--engine", engine)
+    refused = call(*arguments, "--precision", "int8")
+    assert "is an engine of the float16 graph; leave out --precision" in str(refused.exception)
+    for precision in ((), ("--precision", "fp16")):
+        answer = call(*arguments, *precision)
+        assert answer.exit_code == 0, answer.output
 
 
 def test_a_missing_bundle_is_explained(tmp_path: Path) -> None:

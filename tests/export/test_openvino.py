@@ -69,5 +69,8 @@ def test_a_model_that_answers_otherwise_is_not_written(tmp_path: Path, monkeypat
 def test_a_foreign_folder_is_left_alone(tmp_path: Path) -> None:
     bundle = open_bundle(write_color_bundle(tmp_path / "x.cl4wsis"))
     (tmp_path / "mine").mkdir()
-    with pytest.raises(BundleError, match=r"holds no model\.xml"):
-        write_openvino(bundle, bundle.variant(), tmp_path / "mine")
+    for name in ("notes.txt", "model.xml"):  # a model beside notes is no folder to replace either
+        (tmp_path / "mine" / name).write_text("precious")
+        with pytest.raises(BundleError, match=r"holds something else than model\.xml, model\.bin and labels\.txt"):
+            write_openvino(bundle, bundle.variant(), tmp_path / "mine")
+    assert (tmp_path / "mine" / "notes.txt").read_text() == "precious"

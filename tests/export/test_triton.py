@@ -90,7 +90,8 @@ def test_a_step_is_served_as_the_next_version(tmp_path: Path) -> None:
         "areas": ("TYPE_INT32", [SLOTS]),
         "boxes": ("TYPE_FP32", [SLOTS, 4]),
     }
-    [names] = config["parameters"]
+    [names, plan] = config["parameters"]
+    assert plan == {"key": ["plan"], "value": [{"string_value": ["colors"]}]}
     assert names["key"] == ["class_names"]
     assert json.loads(names["value"][0]["string_value"][0]) == ["red", "blue"]
 
@@ -150,13 +151,13 @@ def test_a_foreign_folder_is_left_alone(tmp_path: Path) -> None:
         write_repository(bundle, bundle.variant(), tmp_path / "repository")
 
 
-def engine_in(path: Path, runtime: str) -> FoundEngine:
+def engine_in(path: Path, runtime: str, max_batch: int = 4) -> FoundEngine:
     bundle = open_bundle(path)
     info = EngineInfo(
         file="engines/none",
         runtime=runtime,
         compute_capabilities=("8.6",),
-        max_batch=4,
+        max_batch=max_batch,
         graph_sha256=bundle.manifest.files["model.onnx"],
     )
     return add_engine(bundle, info, b"engine")
@@ -190,6 +191,31 @@ def test_an_engine_of_an_earlier_step_must_take_the_batches_of_a_later_one(tmp_p
     assert not (folder / "1").exists()
 
 
+def test_a_later_step_takes_no_larger_batches_than_the_engine_of_an_earlier_one(tmp_path: Path) -> None:
+    batches = []
+    for step in (0, 1):
+        path = write_color_bundle(tmp_path / f"{step}.cl4wsis", step=step)
+        added = engine_in(path, "tensorrt 11.4.0", max_batch=4 + 12 * step)
+        bundle = open_bundle(path)
+        folder = write_repository(bundle, bundle.variant(), tmp_path / "repository", engine_at(bundle, added.path))
+        batches.append(parse((folder / "config.pbtxt").read_text())["max_batch_size"])
+    assert batches == [[4], [4]]
+
+
+@pytest.mark.parametrize("is_later", [True, False])
+def test_steps_of_different_plans_are_not_put_together(tmp_path: Path, is_later: bool) -> None:
+    first = open_bundle(write_color_bundle(tmp_path / "first.cl4wsis", step=4, plan="col:ors"))
+    folder = write_repository(first, first.variant(), tmp_path / "repository")
+    held = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    step = 5 if is_later else 3
+    others = tuple(info.model_copy(update={"name": f"no {info.name}"}) for info in first.manifest.classes)
+    for changes in ({"plan": "col_ors"}, {"plan": "col:ors", "classes": others}):
+        other = open_bundle(write_color_bundle(tmp_path / "other.cl4wsis", step=step, maps=(), **changes))
+        with pytest.raises(BundleError, match="all versions of a model are steps of one"):
+            write_repository(other, other.variant(), tmp_path / "repository")
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == held
+
+
 def test_only_engines_of_tensorrt_run_in_triton(tmp_path: Path) -> None:
     path = write_color_bundle(tmp_path / "x.cl4wsis")
     engine = engine_in(path, "tensorrt-rtx 1.7.1")
@@ -202,7 +228,7 @@ def test_only_engines_of_tensorrt_run_in_triton(tmp_path: Path) -> None:
 
 def test_names_are_quoted() -> None:
     image = TensorInfo(name="images", dtype="uint8", shape=("batch", 4, 4, 3), meaning="")
-    config = parse(render_config('a "b" \\', "onnxruntime_onnx", 1, [image], [image], ['sea "lion"', "Bär"], []))
+    config = parse(render_config('a "b" \\', "onnxruntime_onnx", 1, [image], [image], ['sea "lion"', "Bär"], [], "b"))
     assert config["name"] == ['a "b" \\']
     assert json.loads(config["parameters"][0]["value"][0]["string_value"][0]) == ['sea "lion"', "Bär"]
     assert "preferred_batch_size" not in config["dynamic_batching"][0]
