@@ -13,8 +13,10 @@ import os
 import platform
 import re
 import sys
+import time
 import uuid
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -32,6 +34,8 @@ CACHE_VARIABLE = "CL4WSIS_CACHE"
 
 FORMATS = {"tensorrt": "trt", "tensorrt-rtx": "trt-rtx"}
 """How ``cl4wsis export --format`` spells a runtime."""
+_SLOWEST_WRITE = 600
+"""Seconds after which a file that is being written is taken for a leftover."""
 
 
 class EngineMissingError(BackendError):
@@ -276,7 +280,8 @@ def find_engine(bundle: Bundle, variant: VariantInfo, runtime: str, version: str
     if runtime == "tensorrt-rtx" and machine.compute_capability:
         command += f" --compute-capability {machine.compute_capability}"
     held = "; ".join(reasons) or f"none was built of its {variant.precision} graph with post={variant.post}"
-    raise EngineMissingError(f"{bundle.path}: no {runtime} engine fits this machine: {held}; build one here: {command}")
+    way_out = f"build one here: {command}" if variant.post == "graph" else "engines are of post=graph: choose that"
+    raise EngineMissingError(f"{bundle.path}: no {runtime} engine fits this machine: {held}; {way_out}")
 
 
 def why_unfit(info: EngineInfo, version: str, machine: Machine) -> str | None:
@@ -410,6 +415,12 @@ def _add_to_bundle(bundle: Bundle, info: EngineInfo, content: bytes, digest: str
     replaced: list[str] = []
 
     def add(current: Manifest) -> dict[str, Any]:
+        if info.graph_sha256 not in current.files.values():
+            path.unlink(missing_ok=True)
+            raise BundleError(
+                f"{bundle.path}: was exported again while the engine was built, which is of the graph before; build it "
+                "again"
+            )
         same = [other for other in current.engines if engine_key(other) == engine_key(info) and other.file != info.file]
         replaced.extend(other.file for other in same)
         kept = [other for other in current.engines if other not in same and other.file != info.file]
@@ -439,7 +450,9 @@ def _unwritable(error: OSError) -> BackendError:
 def _write_atomically(path: Path, content: bytes) -> None:
     """Write an engine so that it is there complete or not at all; what a killed build of it left is removed."""
     for leftover in path.parent.glob(f".{path.name.rpartition('-')[0]}-*.tmp"):
-        leftover.unlink(missing_ok=True)
+        with suppress(OSError):
+            if time.time() - leftover.stat().st_mtime > _SLOWEST_WRITE:  # else another process may be writing it
+                leftover.unlink()
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
         temporary.write_bytes(content)

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from cl4wsis.bundle import EngineInfo, HardwareLevel
 from cl4wsis.config import Settings
@@ -68,6 +68,8 @@ TENSORRT = Library("tensorrt", "TensorRT", "tensorrt", "trt", (10, 12), needs_gp
 TENSORRT_RTX = Library(
     "tensorrt-rtx", "TensorRT-RTX", "tensorrt_rtx", "trt-rtx", (1, 2), needs_gpu=False, refit_needs_gpu=True
 )
+DEFAULT_COMPUTE_CAPABILITIES = ("8.0", "8.6", "8.9", "12.0")
+"""GPUs for which a TensorRT-RTX engine is built where none is named."""
 
 
 class EngineSpec(Settings):
@@ -89,6 +91,12 @@ class EngineSpec(Settings):
     """Let weights of another checkpoint of the same step be put into the engine later."""
     compute_capabilities: tuple[str, ...] = ()
     """GPUs to build for, such as ``8.6``; TensorRT-RTX only."""
+
+    @field_validator("compute_capabilities")
+    @classmethod
+    def _in_order(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        """Sort them, each once: an engine is found again however they are written."""
+        return tuple(sorted(set(names), key=lambda name: (len(name), name)))
 
     @model_validator(mode="after")
     def _check_batches(self) -> "EngineSpec":

@@ -104,6 +104,9 @@ def _export_with(
         kind = BatchDependenceError if isinstance(cause, BatchDependenceError) else BundleError
         raise kind(f"the network cannot be exported: {str(cause).strip().splitlines()[0]}") from error
     check_operators(model)
+    written = model.opset_imports.get("")
+    if written != opset:
+        raise BundleError(f"PyTorch {torch.__version__} wrote operator set {written} instead of {opset}; give another")
     return model
 
 

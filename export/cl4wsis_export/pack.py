@@ -18,27 +18,26 @@ from cl4wsis.bundle import (
     CARD_FILE,
     LABELS_FILE,
     PRECISION_OPTIONS,
-    EngineInfo,
     GoldenCase,
     GraphInfo,
     Manifest,
+    Precision,
     TensorInfo,
     Verification,
     write_bundle,
 )
-from cl4wsis.checks import DEFAULT_LIMITS
+from cl4wsis.checks import DEFAULT_LIMITS, Limits
 from cl4wsis.errors import BundleError
 from cl4wsis.steps import StepInfo
 from cl4wsis_export.borders import grouping_tail, network_graph
-from cl4wsis_export.engines import EngineSpec
 from cl4wsis_export.fused import INPUT_NAME, MAP_NAMES, FusedSegmenter
 from cl4wsis_export.graph import BATCH, build_graph, serialize
 from cl4wsis_export.passes import count_operators
-from cl4wsis_export.rtx import build_rtx_engines, rtx_version
 from cl4wsis_export.spec import ExportSpec
 from cl4wsis_export.variants import GraphPair, float_pair, lower_pair
 from cl4wsis_export.verify import (
     Outputs,
+    allow_golden,
     open_session,
     run_frames,
     verification_frames,
@@ -98,8 +97,6 @@ def export_network(
     """Export a network that is loaded already; see :func:`export_step`."""
     grouping = spec.grouping or info.plan.recipe.grouping
     segmenter = FusedSegmenter(network.eval(), grouping, info.input.size, spec.region_rounds).eval()
-    if spec.compute_capabilities:
-        rtx_version()  # fails before the long work does
     logger.info("exporting step %d of plan %s at %dx%d px", info.step, info.plan.name, *info.input.size)
     model = build_graph(segmenter, spec.opset)
     manifest = _describe(info, spec, segmenter, model)
@@ -111,20 +108,14 @@ def export_network(
     verify_host(pair.files(), pair.host.file, tail, frames[:_HOST_IMAGES], outputs[:_HOST_IMAGES])
     count = min(spec.golden_images, len(frames))
     cases, files = _golden_files(frames[:count], outputs[:count])
-    lower, refused = _lower_pairs(model, manifest, pair, info, spec, images, calibration)
+    lower, limits, refused = _lower_pairs(model, manifest, pair, info, spec, images, calibration)
     pairs = [pair, *lower]
     for written in pairs:
         files.update(written.files())
-    engines: tuple[EngineInfo, ...] = ()
-    if spec.compute_capabilities:
-        settings = EngineSpec(max_batch=spec.engine_max_batch, compute_capabilities=spec.compute_capabilities)
-        engines, contents = build_rtx_engines(((pair.graph, pair.graph_content) for pair in pairs), settings)
-        files.update(contents)
     known = {
         "verification": verification,
         "golden": cases,
-        "engines": engines,
-        "limits": spec.limits,
+        "limits": limits,
         "variants": tuple(variant for written in pairs for variant in (written.graph, written.host)),
     }
     complete = manifest.model_copy(update=known)
@@ -144,13 +135,18 @@ def _lower_pairs(
     spec: ExportSpec,
     images: Sequence[NDArray[np.uint8]] | None,
     calibration: Sequence[NDArray[np.uint8]] | None,
-) -> tuple[list[GraphPair], dict[str, str]]:
-    """Make and verify the graphs of lower precision that were asked for; say why those left out are refused."""
+) -> tuple[list[GraphPair], dict[Precision, Limits], dict[str, str]]:
+    """Make and verify the graphs of lower precision that were asked for.
+
+    Returns:
+        The graphs; the limits they are to keep to from now on; and why those left out are refused.
+    """
     precisions = [
         precision for precision in PRECISION_OPTIONS if precision in spec.precisions and precision != "float32"
     ]
+    limits = dict(spec.limits)
     if not precisions:
-        return [], {}
+        return [], limits, {}
     frames = verification_frames(info.input, spec.precision_images, spec.seed, images)
     expected = run_frames(open_session(truth.graph_content), frames)
     tail = serialize(grouping_tail(model))
@@ -159,16 +155,17 @@ def _lower_pairs(
     for precision in precisions:
         ranges = _calibration_frames(info, spec, calibration) if precision == "int8" else frames
         logger.info("making the %s graph, verifying it on %d images", precision, len(frames))
-        pair = lower_pair(model, manifest, precision, truth.graph, ranges)
-        limits = spec.limits.get(precision, DEFAULT_LIMITS[precision])
+        own = spec.limits.get(precision, DEFAULT_LIMITS[precision])
         try:
-            agreement, outputs = verify_precision(pair.graph_content, frames, expected, precision, limits)
+            pair = lower_pair(model, manifest, precision, truth.graph, ranges)
+            agreement, outputs = verify_precision(pair.graph_content, frames, expected, precision, own)
+            verify_host(pair.files(), pair.host.file, tail, frames[:_HOST_IMAGES], outputs[:_HOST_IMAGES])
         except BundleError as error:
             refused[precision] = str(error)
             continue
-        verify_host(pair.files(), pair.host.file, tail, frames[:_HOST_IMAGES], outputs[:_HOST_IMAGES])
         pairs.append(pair.with_agreement(agreement))
-    return pairs, refused
+        limits[precision] = allow_golden(own, outputs[: spec.golden_images], expected[: spec.golden_images])
+    return pairs, limits, refused
 
 
 def _calibration_frames(

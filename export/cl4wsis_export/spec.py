@@ -1,11 +1,12 @@
 """What to export: the settings of one export."""
 
 from collections.abc import Iterable
+from typing import Any
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from cl4wsis.bundle import Precision
-from cl4wsis.checks import Limits
+from cl4wsis.checks import DEFAULT_LIMITS, Limits
 from cl4wsis.config import Settings, build_settings, merge, parse_overrides
 from cl4wsis.grouping import GroupingSpec
 from cl4wsis.steps import StepInfo
@@ -27,19 +28,29 @@ class ExportSpec(Settings):
     precision_images: int = Field(24, ge=1)
     """Images on which graphs of lower precision are compared with the float32 graph."""
     golden_images: int = Field(2, ge=0)
-    """How many of them are stored in the bundle with the outputs expected for them."""
+    """How many of the images of the verification are stored in the bundle with the outputs expected for them."""
     precisions: tuple[Precision, ...] = ("float32",)
     """Arithmetic of the network in the graphs to write; float32 is always among them."""
     calibration_images: int = Field(64, ge=1)
     """Images on which the ranges of an int8 network are measured."""
     limits: dict[Precision, Limits] = Field(default_factory=dict)
-    """How far a precision may be from float32; the defaults of ``cl4wsis.checks`` where nothing is said."""
-    compute_capabilities: tuple[str, ...] = ()
-    """GPUs for which a TensorRT-RTX engine is put into the bundle, such as ``8.6``; none by default."""
-    engine_max_batch: int = Field(8, ge=1)
-    """Largest batch such an engine accepts."""
+    """How far a precision may be from float32; the defaults of ``cl4wsis.checks`` for what is not named."""
     seed: int = 0
-    """Seed of the images drawn for verification."""
+    """Seed of the images drawn for verification, and of the choice of calibration images."""
+
+    @field_validator("limits", mode="before")
+    @classmethod
+    def _complete_limits(cls, tables: Any) -> Any:
+        """Keep the defaults of limits that are not named; one is lifted by None alone."""
+        if not isinstance(tables, dict):
+            return tables
+        return {
+            precision: DEFAULT_LIMITS[precision].model_dump()
+            | (given.model_dump(exclude_unset=True) if isinstance(given, Limits) else given)
+            if precision in DEFAULT_LIMITS and isinstance(given, Limits | dict)
+            else given
+            for precision, given in tables.items()
+        }
 
 
 def spec_for_step(info: StepInfo, overrides: Iterable[str] = ()) -> ExportSpec:

@@ -156,6 +156,18 @@ def verify_precision(
     return agreement, outputs
 
 
+def allow_golden(limits: Limits, outputs: Sequence[Outputs], truth: Sequence[Outputs]) -> Limits:
+    """Allow a graph that passed on all images what it has on the golden ones, which are so few.
+
+    There a single instance may be more than the limit. What is found adds to it, so that other backends are allowed as
+    much as they were.
+    """
+    found = _agreement(outputs, truth).differing_pixels
+    if limits.golden_pixels is None or found <= limits.golden_pixels:
+        return limits
+    return limits.model_copy(update={"golden_pixels": min(found + limits.golden_pixels, 1.0)})
+
+
 def verify_host(
     files: Iterable[tuple[str, bytes]],
     host_file: str,

@@ -6,10 +6,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from bundles import write_color_bundle
 from typed import TYPES, typed_model, write_typed_bundle
 
 from cl4wsis.bundle import open_bundle
-from cl4wsis.engines import CACHE_VARIABLE, Machine, find_built, is_trusted
+from cl4wsis.engines import CACHE_VARIABLE, Machine, add_engine, find_built, is_trusted
 from cl4wsis.errors import BackendError, BundleError, ConfigError
 from cl4wsis_export.engines import (
     TENSORRT,
@@ -266,6 +267,17 @@ def test_an_engine_is_added_to_a_bundle_and_used_again(tmp_path: Path, cache: Pa
     [other] = add_engines(path, TENSORRT_RTX, ["float32"], SPEC.model_copy(update={"max_batch": 2}))
     assert [info.max_batch for info in open_bundle(path).manifest.engines] == [4, 2]
     assert other.path != engine.path
+
+
+def test_an_engine_of_a_graph_that_was_replaced_meanwhile_is_not_added(tmp_path: Path) -> None:
+    path = write_typed_bundle(tmp_path / "x.cl4wsis")
+    [engine] = add_engines(path, TENSORRT_RTX, ["float32"], SPEC, in_cache=True)
+    before = open_bundle(path)
+    write_color_bundle(path)
+    with pytest.raises(BundleError, match="was exported again while the engine was built"):
+        add_engine(before, engine.info, b"engine")
+    assert open_bundle(path).manifest.engines == ()
+    assert list((path / "engines").iterdir()) == []
 
 
 def test_a_damaged_engine_of_the_bundle_is_refused_and_of_the_cache_built_again(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from cl4wsis.bundle import VariantInfo, open_bundle
+from cl4wsis.checks import DEFAULT_LIMITS, Limits
 from cl4wsis.errors import BundleError, ConfigError, RunError
 from cl4wsis.steps import WEIGHTS_FILE, StepInfo, file_sha256, write_step_info
 from cl4wsis_export import ExportSpec, export_network, export_step, pack, spec_for_step
@@ -191,6 +192,34 @@ def test_overrides_start_from_the_plan(step_info: StepInfo) -> None:
     assert spec.grouping == step_info.plan.recipe.grouping.model_copy(update={"max_instances": 7})
     with pytest.raises(ConfigError, match=r"did you mean 'grouping\.max_instances'"):
         spec_for_step(step_info, ["grouping.max_instance=7"])
+
+
+def test_a_limit_that_is_set_leaves_the_others(step_info: StepInfo) -> None:
+    spec = spec_for_step(step_info, ["limits.int8.matched=0.7"])
+    assert spec.limits["int8"] == DEFAULT_LIMITS["int8"].model_copy(update={"matched": 0.7})
+    assert ExportSpec(limits={"int8": Limits(matched=0.7)}).limits == spec.limits
+    assert ExportSpec(limits={"int8": Limits(matched=None)}).limits["int8"].matched is None
+
+
+def test_a_precision_that_cannot_be_made_is_left_out(
+    network: InstanceSegmenter,
+    step_info: StepInfo,
+    export_spec: ExportSpec,
+    bundle_path: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = pack.ir.load(str(bundle_path / "model.onnx"))
+    monkeypatch.setattr(pack, "build_graph", lambda segmenter, opset: model)
+
+    def fail(*_: object) -> None:
+        raise BundleError("weights are beyond half precision")
+
+    monkeypatch.setattr(pack, "lower_pair", fail)
+    spec = export_spec.model_copy(update={"precisions": ("float32", "float16")})
+    with pytest.raises(BundleError, match="written without float16: weights are beyond half precision"):
+        export_network(network, step_info, tmp_path / "a.cl4wsis", spec)
+    assert [v.precision for v in open_bundle(tmp_path / "a.cl4wsis").manifest.variants] == ["float32", "float32"]
 
 
 def test_shapes_are_drawn_only_where_no_image_is_given(step_info: StepInfo) -> None:

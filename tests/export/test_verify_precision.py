@@ -8,7 +8,7 @@ from onnx import helper
 
 from cl4wsis.checks import Limits
 from cl4wsis.errors import BundleError
-from cl4wsis_export.verify import open_session, run_frames, verify_precision
+from cl4wsis_export.verify import allow_golden, open_session, run_frames, verify_precision
 
 
 def frames() -> np.ndarray:
@@ -41,3 +41,13 @@ def test_images_that_answer_for_one_another_in_a_batch_are_found() -> None:
     assert len(outputs) == len(images)
     with pytest.raises(BundleError, match=r"int8 graph answers differently in a batch: 88\.37% of the foreground"):
         verify_precision(mixing_model().SerializeToString(), images, truth, "int8", Limits())
+
+
+def test_golden_images_may_differ_as_much_as_they_do_where_all_images_agree_well_enough() -> None:
+    images = frames()
+    truth = run_frames(open_session(color_model().SerializeToString()), images)
+    limits = Limits(golden_pixels=0.25, matched=0.8)
+    assert allow_golden(limits, truth[:2], truth[:2]) == limits
+    half_lost = [truth[0], {name: np.zeros_like(array) for name, array in truth[1].items()}]
+    assert allow_golden(limits, half_lost, truth[:2]) == limits.model_copy(update={"golden_pixels": 0.75})
+    assert allow_golden(Limits(), half_lost, truth[:2]) == Limits()
