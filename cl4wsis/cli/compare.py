@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperCommand
 
-from cl4wsis.cli.options import DeviceOption, JsonOption, RunOption, SetOption, launch_fabric
+from cl4wsis.cli.options import DeviceOption, JsonOption, SetOption, launch_fabric
 
 if TYPE_CHECKING:
     from cl4wsis.comparison import Measurement, Summary
@@ -52,7 +52,9 @@ def compare(
         ),
     ] = None,
     seeds: Annotated[list[int] | None, typer.Option(help="Seeds, in one go: --seeds 1 2 3. Not given: 1 2 3.")] = None,
-    run: RunOption = None,
+    run: Annotated[
+        Path | None, typer.Option("--run", help="Folder of the comparison; runs/<plan name>/compare when not given.")
+    ] = None,
     settings: SetOption = None,
     joint_every_step: Annotated[
         bool, typer.Option("--joint-every-step", help="Train joint after every step, not only after the last.")

@@ -67,8 +67,8 @@ def export(
         typer.Option(
             "--out",
             "-o",
-            help="Bundle folder; <run>/<plan>-step<t>.cl4wsis when not given. With triton or openvino: folder for "
-            "them, beside the bundle when not given.",
+            help="Bundle folder; <plan>-step<t>.cl4wsis beside the step when not given. With triton or openvino: "
+            "folder for them, beside the bundle when not given.",
         ),
     ] = None,
     format: Annotated[
@@ -90,7 +90,10 @@ def export(
     ] = None,
     compute_capability: Annotated[
         list[str] | None,
-        typer.Option("--compute-capability", help="With trt-rtx: a GPU to build for, e.g. 8.6. Repeatable."),
+        typer.Option(
+            "--compute-capability",
+            help="With trt-rtx: a GPU to build for; 8.0, 8.6, 8.9 and 12.0 when not given. Repeatable.",
+        ),
     ] = None,
     opt_batch: Annotated[
         int | None, typer.Option("--opt-batch", min=1, help="Engines: batch to be fastest at; 1 when not given.")
@@ -121,7 +124,10 @@ def export(
         ),
     ] = None,
     engine_cache: Annotated[
-        bool, typer.Option("--engine-cache", help="Put engines into the user's cache folder, not into the bundle.")
+        bool,
+        typer.Option(
+            "--engine-cache", help="Put engines into the user's cache folder ($CL4WSIS_CACHE), not into the bundle."
+        ),
     ] = False,
     engine: Annotated[
         Path | None,

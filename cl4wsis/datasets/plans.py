@@ -103,9 +103,10 @@ def list_masked_pictures(plan: Plan, source: FileSource, step: int, names: Seque
     """
     listing = _list_instances(source)
     if listing is None:
+        own = isinstance(plan.data, FileData) and step in plan.data.steps
         raise DataError(
             f"plan '{plan.name}': step {step} learns from masks of {', '.join(names)}, but their source names no "
-            f"'instances' file; set data.train.instances, or that of data.steps, to a COCO instances JSON"
+            f"'instances' file; set {f'data.steps.{step}' if own else 'data.train'}.instances to a COCO instances JSON"
         )
     return listing
 
