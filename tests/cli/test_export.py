@@ -132,7 +132,7 @@ def test_images_are_sought_where_the_named_plan_has_them(
     ("format", "taken", "message"),
     [
         ("onnx", "photo.jpg", "exists and is no bundle"),
-        ("openvino", "photo.jpg", "exists and holds no model.xml"),
+        ("openvino", "photo.jpg", "exists and holds something else than model.xml"),
         ("triton", "shapes/photo.jpg", "exists and is no Triton model"),
     ],
 )
