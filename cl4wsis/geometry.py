@@ -150,8 +150,7 @@ def restore_instances(instances: Instances, transform: FitTransform, min_area: i
         shown = np.bincount(ids[:height, :width].reshape(-1), minlength=len(instances) + 1)[1:]
         instances = instances.select(shown >= min_area)
     restored = Instances.from_ids(transform.restore_ids(instances.instance_ids), instances.labels, instances.scores)
-    visible = restored.boxes[:, 2] > 0
-    return restored if visible.all() else restored.select(visible)
+    return restored.select(restored.boxes[:, 2] > 0)
 
 
 def _resize(image: NDArray[np.uint8], size: tuple[int, int]) -> NDArray[np.uint8]:

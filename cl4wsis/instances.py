@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -73,7 +74,7 @@ class Instances:
         """Return the answer for an image in which nothing was found."""
         return cls.from_ids(np.zeros((height, width), np.int32), (), ())
 
-    @property
+    @cached_property
     def areas(self) -> NDArray[np.int32]:
         """(N,) pixels of each instance."""
         return np.bincount(self.instance_ids.reshape(-1), minlength=len(self) + 1)[1:].astype(np.int32)
@@ -97,6 +98,8 @@ class Instances:
         Raises:
             ValueError: there is no instance of an index, or the mask has another length.
         """
+        if keep.dtype == np.bool_ and len(keep) == len(self) and keep.all():
+            return self
         try:
             rows = np.arange(len(self))[keep if keep.dtype == np.bool_ else np.asarray(keep, dtype=np.int64)]
         except IndexError as error:

@@ -17,7 +17,6 @@ from numpy.typing import NDArray
 
 from cl4wsis.config import Settings
 from cl4wsis.instances import Instances
-from cl4wsis.masks import rle_from_ids
 from cl4wsis.tasks import ClassSplit
 
 FloatArray = NDArray[np.float64]
@@ -395,24 +394,8 @@ def _coco_image(index: int, prediction: Instances, ground_truth: Instances) -> _
 
 
 def _coco_annotations(image: int, instances: Instances) -> list[dict[str, Any]]:
-    rows = zip(
-        rle_from_ids(instances.instance_ids, len(instances)),
-        instances.labels.tolist(),
-        instances.scores.tolist(),
-        instances.areas.tolist(),
-        strict=True,
-    )
-    return [
-        {
-            "image_id": image,
-            "category_id": label + 1,
-            "segmentation": rle,
-            "area": area,
-            "score": score,
-            "iscrowd": 0,
-        }
-        for rle, label, score, area in rows
-    ]
+    rows = zip(instances.to_coco(image), instances.areas.tolist(), strict=True)
+    return [{**row, "area": area, "iscrowd": 0} for row, area in rows]
 
 
 def _coco_average_precision(images: Sequence[_CocoImage], num_classes: int) -> FloatArray:
@@ -422,9 +405,15 @@ def _coco_average_precision(images: Sequence[_CocoImage], num_classes: int) -> F
         truth = _coco_index(images, [image.truth for image in images], num_classes)
         predicted = _coco_index(images, [image.predicted for image in images], num_classes)
         evaluation = COCOeval(truth, predicted, iouType="segm")
+        settings = evaluation.params  # only objects of all areas and the largest number of predictions are looked at
+        settings.areaRng, settings.areaRngLbl, settings.maxDets = (
+            settings.areaRng[:1],
+            settings.areaRngLbl[:1],
+            settings.maxDets[-1:],
+        )
         evaluation.evaluate()
         evaluation.accumulate()
-    precision = evaluation.eval["precision"][:, :, :, 0, -1]  # (10, 101, num_classes): all areas, 100 predictions
+    precision = evaluation.eval["precision"][..., 0, 0]  # (10, 101, num_classes): all areas, 100 predictions
     average: FloatArray = np.where(precision.min(axis=1) < 0, np.nan, precision.mean(axis=1)).T
     return average
 

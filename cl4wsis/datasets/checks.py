@@ -3,7 +3,6 @@
 import functools
 import hashlib
 import logging
-import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import Literal
 
 from cl4wsis.config import Settings
+from cl4wsis.cores import usable_cores
 from cl4wsis.datasets.coco import AnnotatedImage
 from cl4wsis.datasets.indexed import IndexedImage
 from cl4wsis.datasets.pictures import Listing, MaskedPicture, Picture, TaggedImage, occurring_classes
@@ -319,7 +319,7 @@ class _Survey:
         uses = list(self._uses.values())
         logger.info("checking %d images", len(uses))
         digests: dict[bool, dict[bytes, str]] = {True: {}, False: {}}
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
+        with ThreadPoolExecutor(usable_cores()) as pool:
             results = pool.map(functools.partial(_examine, hashes=find_duplicates), uses)
             for done, ((is_training, path, _), (findings, digest)) in enumerate(
                 zip(self._uses, results, strict=True), start=1

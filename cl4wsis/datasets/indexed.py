@@ -1,6 +1,5 @@
 """Instances stored as maps of numbers, one per pixel, as PASCAL VOC and SBD do."""
 
-import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -11,6 +10,7 @@ from typing import TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from cl4wsis.cores import usable_cores
 from cl4wsis.datasets.coco import describe_repeated, read_bytes
 from cl4wsis.datasets.pictures import VOID_ID, Listing, MaskFinding, PictureT, TaggedImage, is_valid_box, read_of_size
 from cl4wsis.datasets.problems import problems_of
@@ -151,7 +151,7 @@ def list_all(
         except DataError as error:
             return problems_of(error)
 
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    with ThreadPoolExecutor(usable_cores()) as pool:
         found = list(pool.map(attempt, names))
     problems = [problem for item in found if isinstance(item, list) for problem in item]
     pictures = [item for item in found if not isinstance(item, list)]

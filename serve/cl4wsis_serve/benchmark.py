@@ -33,9 +33,10 @@ from numpy.typing import NDArray
 from cl4wsis import __version__
 from cl4wsis.bundle import Bundle
 from cl4wsis.config import Settings
+from cl4wsis.cores import usable_cores
 from cl4wsis.errors import BackendError, Cl4wsisError
 from cl4wsis.images import encode_png, read_image
-from cl4wsis_serve.backends.base import Backend, Device, Outputs, usable_cores
+from cl4wsis_serve.backends.base import Backend, Device, Outputs
 from cl4wsis_serve.predictor import Predictor
 from cl4wsis_serve.verify import Choice, Skipped
 

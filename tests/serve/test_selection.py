@@ -11,11 +11,12 @@ import pytest
 from bundles import SIZE, color_image, write_color_bundle
 
 from cl4wsis.bundle import MANIFEST_FILE, open_bundle, update_manifest
+from cl4wsis.cores import usable_cores
 from cl4wsis.errors import BackendError, BundleError
 from cl4wsis.steps import file_sha256
 from cl4wsis_serve import BACKENDS, Predictor, backend_status
 from cl4wsis_serve.backends import BackendEntry, device_of
-from cl4wsis_serve.backends.base import BackendRequest, usable_cores
+from cl4wsis_serve.backends.base import BackendRequest
 
 ONLY = {"onnxruntime": BACKENDS["onnxruntime"]}
 

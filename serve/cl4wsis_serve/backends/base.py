@@ -3,7 +3,6 @@
 Legend: B images in the batch, K instance slots, C channels with background, H x W network input.
 """
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -176,11 +175,6 @@ def check_maps(outputs: Outputs, batch: int, num_classes: int) -> None:
                 f"graph output '{name}' has shape {shape}, expected ({batch}, {channels}, h, w) for the {num_classes} "
                 "classes of the manifest; export it again"
             )
-
-
-def usable_cores() -> int:
-    """Return the number of cores this process may use, which in a container is less than the machine has."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def first_line(error: BaseException) -> str:

@@ -5,6 +5,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from cl4wsis.cores import usable_cores
 from cl4wsis.errors import BackendError
 from cl4wsis_serve.backends.base import (
     INPUT_NAME,
@@ -14,7 +15,6 @@ from cl4wsis_serve.backends.base import (
     Outputs,
     check_graph,
     first_line,
-    usable_cores,
 )
 
 _PROVIDER = "CPUExecutionProvider"

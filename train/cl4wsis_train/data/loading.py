@@ -7,7 +7,6 @@ OpenCV, OpenMP or ONNX Runtime may hold at that moment, and then waits for them 
 """
 
 import multiprocessing
-import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ import torch
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from cl4wsis.cores import usable_cores
 from cl4wsis.datasets import VOID_ID, MaskedPicture, Picture
 from cl4wsis.proposals import read_proposals
 from cl4wsis.tasks import Plan
@@ -284,5 +284,5 @@ def _decode_if_small(pictures: Sequence[DecodedPicture]) -> Sequence[DecodedPict
     mean_bytes = sum(picture.size_bytes for picture in probes) / len(probes)
     if mean_bytes * len(pictures) > _CACHE_BYTES:
         return pictures
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    with ThreadPoolExecutor(usable_cores()) as pool:
         return list(pool.map(pictures.__getitem__, range(len(pictures))))
