@@ -26,7 +26,7 @@ from typing import Annotated, Any, BinaryIO, Literal
 
 from pydantic import AfterValidator, Field, ValidationError
 
-from cl4wsis.checks import Agreement, Limits, VariantCheck
+from cl4wsis.checks import DEFAULT_LIMITS, Agreement, Limits, VariantCheck
 from cl4wsis.config import Settings
 from cl4wsis.errors import BundleError
 from cl4wsis.grouping import GroupingSpec
@@ -223,6 +223,15 @@ class Manifest(Settings):
     engines: tuple[EngineInfo, ...] = ()
     files: dict[PathInBundle, str] = Field(default_factory=dict)
     """SHA-256 of every file of the bundle but the manifest, by path within it."""
+
+    @property
+    def label_lines(self) -> str:
+        """Contents of ``labels.txt``: the name of each class on a line of its own, in label order."""
+        return "".join(f"{info.name}\n" for info in self.classes)
+
+    def limits_of(self, precision: Precision) -> Limits:
+        """Return what variants of a precision must keep to: what is stated, or the defaults of the precision."""
+        return self.limits.get(precision, DEFAULT_LIMITS[precision])
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """The answer for one image: an id map, and one row per instance."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -67,6 +67,20 @@ class Instances:
             labels=np.asarray(labels, dtype=np.int32).reshape(-1),
             scores=np.asarray(scores, dtype=np.float32).reshape(-1),
             boxes=boxes_from_ids(instance_ids, len(labels)),
+        )
+
+    @classmethod
+    def from_slots(cls, outputs: Mapping[str, NDArray[Any]]) -> "Instances":
+        """Take what a graph says about one image, unused slots included (:mod:`cl4wsis.grouping`, step 9).
+
+        Args:
+            outputs: ``instance_ids`` (H, W), and ``labels``, ``scores`` (K,) and ``boxes`` (K, 4) of K slots.
+        """
+        return cls(
+            instance_ids=outputs["instance_ids"].astype(np.int32),
+            labels=outputs["labels"].astype(np.int32),
+            scores=outputs["scores"].astype(np.float32),
+            boxes=outputs["boxes"].astype(np.float32),
         )
 
     @classmethod

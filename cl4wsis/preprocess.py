@@ -49,4 +49,9 @@ def prepare_batch(images: Sequence[NDArray[np.uint8]], rule: InputRule) -> tuple
     if not images:
         raise ValueError("a batch needs at least one image")
     frames, transforms = zip(*(prepare_image(image, rule) for image in images), strict=True)
-    return frames[0][None] if len(frames) == 1 else np.stack(frames), list(transforms)
+    return stack_frames(frames), list(transforms)
+
+
+def stack_frames(frames: Sequence[NDArray[np.uint8]]) -> NDArray[np.uint8]:
+    """Make a batch (B, H, W, 3) of frames; a single one is not copied."""
+    return frames[0][None] if len(frames) == 1 else np.stack(frames)

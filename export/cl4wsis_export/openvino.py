@@ -12,7 +12,6 @@ from numpy.typing import NDArray
 
 from cl4wsis.agreement import AgreementCounter
 from cl4wsis.bundle import LABELS_FILE, Bundle, Manifest, VariantInfo, read_onnx_metadata, replaced_folder
-from cl4wsis.checks import DEFAULT_LIMITS
 from cl4wsis.errors import BackendError, BundleError, require
 from cl4wsis.grouping import group_maps
 from cl4wsis.images import read_image
@@ -60,8 +59,7 @@ def write_openvino(bundle: Bundle, variant: VariantInfo, destination: Path) -> P
         destination.parent.mkdir(parents=True, exist_ok=True)
         with replaced_folder(destination) as folder:
             openvino.save_model(model, str(folder / MODEL_FILE), compress_to_fp16=False)
-            names = "".join(f"{info.name}\n" for info in bundle.manifest.classes)
-            (folder / LABELS_FILE).write_text(names, encoding="utf-8")
+            (folder / LABELS_FILE).write_text(bundle.manifest.label_lines, encoding="utf-8")
             _check(openvino, folder / MODEL_FILE, bundle, variant)
     except OSError as error:
         raise BundleError(f"{destination}: cannot be written: {error.strerror or error}") from error
@@ -111,7 +109,7 @@ def _check(openvino: Any, model: Path, bundle: Bundle, variant: VariantInfo) -> 
             _instances({name: value[0] for name, value in zip(names, expected, strict=True)}, bundle.manifest),
         )
     found = counter.result().differing_pixels
-    limit = bundle.manifest.limits.get(variant.precision, DEFAULT_LIMITS[variant.precision]).golden_pixels
+    limit = bundle.manifest.limits_of(variant.precision).golden_pixels
     if limit is not None and not found <= limit:
         raise BackendError(
             f"{graph}: converted by openvino {openvino.__version__}, it names other instances than in ONNX Runtime at "
@@ -125,10 +123,5 @@ def _instances(outputs: dict[str, NDArray[Any]], manifest: Manifest) -> Instance
     if "instance_ids" not in outputs:
         maps = (outputs["semantic_logits"], outputs["center_heatmap"], outputs["offset_map"])
         return group_maps(*maps, manifest.input.size, manifest.grouping)
-    slots = Instances(
-        instance_ids=outputs["instance_ids"].astype(np.int32),
-        labels=outputs["labels"].astype(np.int32),
-        scores=outputs["scores"].astype(np.float32),
-        boxes=outputs["boxes"].astype(np.float32),
-    )
+    slots = Instances.from_slots(outputs)
     return slots.select(slots.areas > 0)

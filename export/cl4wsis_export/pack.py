@@ -119,7 +119,7 @@ def export_network(
         "variants": tuple(variant for written in pairs for variant in (written.graph, written.host)),
     }
     complete = manifest.model_copy(update=known)
-    files[LABELS_FILE] = "".join(f"{info.name}\n" for info in manifest.classes).encode()
+    files[LABELS_FILE] = manifest.label_lines.encode()
     files[CARD_FILE] = _card(complete, verification).encode()
     path = write_bundle(destination, complete, files)
     if refused:

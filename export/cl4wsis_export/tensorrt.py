@@ -3,14 +3,17 @@
 TensorRT builds for the GPU at hand: an engine is made on the machine that runs it, from a bundle, without torch.
 """
 
+import logging
 import re
 from pathlib import Path
 from typing import Any
 
 from cl4wsis.engines import CACHE_VARIABLE, Machine, cache_folder, find_machine
-from cl4wsis.errors import BackendError, MissingExtraError
+from cl4wsis.errors import BackendError, DataError, MissingExtraError
 from cl4wsis.images import write_bytes_atomically
 from cl4wsis_export.engines import TENSORRT, EngineSpec, load_library
+
+logger = logging.getLogger(__name__)
 
 
 def require_tensorrt(input_size: tuple[int, int], spec: EngineSpec) -> tuple[Any, Machine]:
@@ -67,15 +70,9 @@ def read_timing_cache(path: Path) -> bytes | None:
 
 
 def write_timing_cache(path: Path, content: bytes) -> None:
-    """Write the measurements for the next build.
-
-    Raises:
-        BackendError: the cache folder cannot be written.
-    """
+    """Write the measurements for the next build; where that fails, the engine of this one is not lost to it."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_bytes_atomically(path, content)
-    except OSError as error:
-        raise BackendError(
-            f"{path}: cannot be written: {error.strerror}; set {CACHE_VARIABLE} to another folder"
-        ) from error
+    except (OSError, DataError) as error:
+        logger.warning("the next build will measure again: %s; set %s to another folder", error, CACHE_VARIABLE)

@@ -67,7 +67,6 @@ def write_repository(
         batch = min(batch, stated)  # the engine of a lower version may take no more
     files = _model_files(bundle, variant, engine)
     warmup = _warmup_files(bundle)
-    labels = "".join(f"{info.name}\n" for info in manifest.classes)
     outputs = manifest.outputs if variant.post == "graph" else manifest.maps
     config = render_config(
         name,
@@ -92,7 +91,7 @@ def write_repository(
         if is_highest:
             for file, content in warmup.items():
                 _write(folder / WARMUP_FOLDER / f"{manifest.step}-{file}", content)
-            _write(folder / LABELS_FILE, labels.encode())
+            _write(folder / LABELS_FILE, manifest.label_lines.encode())
         _write_version(version, files)
         if is_highest:
             _write(folder / CONFIG_FILE, config.encode())

@@ -261,13 +261,7 @@ def _count_matches(reference: Instances, outputs: Outputs) -> int:
 
 def _instances(outputs: Outputs) -> Instances:
     """Return the used slots."""
-    slots = Instances(
-        instance_ids=outputs["instance_ids"].astype(np.int32),
-        labels=outputs["labels"],
-        scores=outputs["scores"],
-        boxes=outputs["boxes"],
-    )
-    return slots.select(outputs["areas"] > 0)
+    return Instances.from_slots(outputs).select(outputs["areas"] > 0)
 
 
 def _agreement(answers: Sequence[Outputs], expected: Sequence[Outputs]) -> Agreement:

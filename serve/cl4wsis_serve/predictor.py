@@ -18,7 +18,7 @@ from cl4wsis.grouping import group_maps
 from cl4wsis.images import read_image
 from cl4wsis.instances import Instances
 from cl4wsis.locks import folder_identity
-from cl4wsis.preprocess import prepare_batch, prepare_image
+from cl4wsis.preprocess import prepare_batch, prepare_image, stack_frames
 from cl4wsis.steps import ClassInfo
 from cl4wsis_serve.backends.base import MAP_NAMES, Backend, Outputs, check_maps, check_outputs
 from cl4wsis_serve.selection import Selection, select_backend
@@ -226,7 +226,7 @@ class Predictor:
     def _answer(self, batch: Sequence[tuple[SourceT, _Prepared]]) -> Iterator[tuple[SourceT, Instances | Cl4wsisError]]:
         readable = [prepared for _, prepared in batch if not isinstance(prepared, Cl4wsisError)]
         frames = [frame for frame, _ in readable]
-        answers = iter(self._run(np.stack(frames), [transform for _, transform in readable]) if frames else ())
+        answers = iter(self._run(stack_frames(frames), [transform for _, transform in readable]) if frames else ())
         for source, prepared in batch:
             yield source, prepared if isinstance(prepared, Cl4wsisError) else next(answers)
 
@@ -235,7 +235,8 @@ class Predictor:
             outputs = self.backend.run(frames)
             if self.post == "graph":
                 check_outputs(outputs, len(frames), self.manifest.input.size, len(self.classes))
-                found = [_instances_of(outputs, row) for row in range(len(frames))]
+                rows = ({name: values[row] for name, values in outputs.items()} for row in range(len(frames)))
+                found = [Instances.from_slots(row) for row in rows]
             else:
                 check_maps(outputs, len(frames), len(self.classes))
                 found = [self._group(outputs, row) for row in range(len(frames))]
@@ -276,13 +277,3 @@ def _load(source: Source) -> Image:
     if isinstance(source, np.ndarray):
         return source
     return read_image(source) if isinstance(source, str | PathLike) else source.read()
-
-
-def _instances_of(outputs: Outputs, row: int) -> Instances:
-    """Take one image's slots, unused ones included."""
-    return Instances(
-        instance_ids=outputs["instance_ids"][row].astype(np.int32),
-        labels=outputs["labels"][row].astype(np.int32),
-        scores=outputs["scores"][row].astype(np.float32),
-        boxes=outputs["boxes"][row].astype(np.float32),
-    )

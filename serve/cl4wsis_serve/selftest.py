@@ -12,8 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cl4wsis.agreement import AgreementCounter
-from cl4wsis.bundle import Bundle, Manifest, Precision
-from cl4wsis.checks import DEFAULT_LIMITS, Agreement, Limits
+from cl4wsis.bundle import Bundle
+from cl4wsis.checks import Agreement
 from cl4wsis.errors import BackendError, BundleError
 from cl4wsis.images import read_image
 from cl4wsis.instances import Instances
@@ -41,7 +41,7 @@ def run_self_test(predictor: "Predictor", bundle: Bundle) -> None:
             f"{where}: there are no golden inputs to test with; open a bundle folder written by 'cl4wsis export', "
             "or leave the self-test out"
         )
-    limit = limits_of(bundle.manifest, precision).golden_pixels
+    limit = bundle.manifest.limits_of(precision).golden_pixels
     if limit is not None and result.differing_pixels > limit:
         raise BackendError(
             f"{where}: {result.differing_pixels:.1%} of the foreground of {result.images} golden images differ from "
@@ -74,12 +74,7 @@ def golden_cases(bundle: Bundle) -> Iterator[tuple[NDArray[np.uint8], Instances]
         frame = read_image(bundle.path / case.image)
         try:
             with (bundle.path / case.outputs).open("rb") as file, np.load(file, allow_pickle=False) as arrays:
-                slots = Instances(
-                    instance_ids=arrays["instance_ids"].astype(np.int32),
-                    labels=arrays["labels"].astype(np.int32),
-                    scores=arrays["scores"].astype(np.float32),
-                    boxes=arrays["boxes"].astype(np.float32),
-                )
+                slots = Instances.from_slots(arrays)
         except (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile, zlib.error) as error:
             raise BundleError(
                 f"{bundle.path / case.outputs}: is no golden output ({error}); export the step again"
@@ -91,8 +86,3 @@ def golden_cases(bundle: Bundle) -> Iterator[tuple[NDArray[np.uint8], Instances]
                 f"(height, width), found {frame.shape[:2]} and {slots.instance_ids.shape}; export the step again"
             )
         yield frame, slots.select(slots.areas > 0)
-
-
-def limits_of(manifest: Manifest, precision: Precision) -> Limits:
-    """Return the limits a variant must keep to: those of the manifest, or the defaults of its precision."""
-    return manifest.limits.get(precision, DEFAULT_LIMITS[precision])

@@ -18,19 +18,19 @@ from numpy.typing import NDArray
 
 from cl4wsis import __version__
 from cl4wsis.agreement import AgreementCounter
-from cl4wsis.bundle import Bundle, Manifest, Post, Precision, VariantInfo, update_manifest
+from cl4wsis.bundle import Bundle, Manifest, Post, Precision, update_manifest
 from cl4wsis.checks import Agreement, GroupValues, Limits, VariantCheck, beyond_limits
 from cl4wsis.datasets import load_evaluation_set
+from cl4wsis.engines import graph_sha256
 from cl4wsis.errors import BackendError
 from cl4wsis.images import read_image
 from cl4wsis.instances import Instances
 from cl4wsis.metrics import voc_average_precision
-from cl4wsis.steps import file_sha256
 from cl4wsis.tasks import ClassSplit, Plan
 from cl4wsis_serve.backends import backend_status
 from cl4wsis_serve.evaluate import check_plan
 from cl4wsis_serve.predictor import Predictor
-from cl4wsis_serve.selftest import golden_agreement, golden_cases, limits_of
+from cl4wsis_serve.selftest import golden_agreement, golden_cases
 
 REFERENCE_BACKEND = "onnxruntime"
 _DISTRIBUTIONS = {
@@ -327,13 +327,13 @@ def _check(
     reference_ap50: GroupValues | None,
     failures: Sequence[str],
 ) -> VariantCheck:
-    limits = limits_of(bundle.manifest, choice.precision)
+    limits = bundle.manifest.limits_of(choice.precision)
     problems = [*failures, *find_problems(limits, golden, agreement, ap50, reference_ap50)]
     return VariantCheck(
         precision=choice.precision,
         post=choice.post,
         backend=choice.backend,
-        sha256=_graph_sha256(bundle, bundle.variant(choice.precision, choice.post)),
+        sha256=graph_sha256(bundle, bundle.variant(choice.precision, choice.post)),
         data=images.description,
         golden=golden,
         agreement=agreement,
@@ -375,11 +375,6 @@ def find_problems(
 
 def _exceeds(value: float, limit: float | None) -> bool:
     return limit is not None and value > limit
-
-
-def _graph_sha256(bundle: Bundle, variant: VariantInfo) -> str:
-    stated = bundle.manifest.files.get(variant.file)
-    return stated or file_sha256(bundle.path_of(variant))
 
 
 def _versions(backend: str) -> dict[str, str]:

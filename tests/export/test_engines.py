@@ -321,6 +321,17 @@ def test_the_timing_cache_is_of_one_gpu_and_version(cache: Path) -> None:
     assert [file.name for file in path.parent.iterdir()] == [path.name]
 
 
+def test_a_timing_cache_that_cannot_be_written_costs_no_engine(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "taken.cache").mkdir()
+    (tmp_path / "file").write_text("")
+    for path in (tmp_path / "taken.cache", tmp_path / "file" / "a.cache"):
+        write_timing_cache(path, b"times")
+        assert "the next build will measure again" in caplog.text
+        caplog.clear()
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
