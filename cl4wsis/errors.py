@@ -3,9 +3,12 @@
     Cl4wsisError
     ├── ConfigError      a plan or recipe that cannot be understood
     ├── DataError        images or annotations that are missing or broken
+    │   └── ProblemsError      many of them at once
     ├── RunError         a run folder, step or checkpoint that does not fit
     ├── BundleError      an exported bundle that is damaged, foreign or too new
+    │   └── BatchDependenceError   a network whose answer depends on the other images of a batch
     ├── BackendError     a runtime that cannot do what was asked of it
+    │   └── EngineMissingError     no engine fits the machine
     └── MissingExtraError  an optional part that is not installed
 
 A mistake in a call (wrong shape, wrong type) is a plain ``ValueError``.

@@ -1,6 +1,6 @@
 """From an image to what the exported graph takes: (B, H, W, 3) uint8 RGB. Normalisation happens inside the graph."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -9,9 +9,9 @@ from cl4wsis.geometry import FitTransform, fit_image
 from cl4wsis.steps import InputRule
 
 
-def pad_color(rule: InputRule) -> tuple[int, int, int]:
+def pad_color(mean: Iterable[float]) -> tuple[int, int, int]:
     """Return the color of the padding: the mean that the network subtracts, rounded, so that padding is about zero."""
-    red, green, blue = (min(max(round(value), 0), 255) for value in rule.mean)
+    red, green, blue = (min(max(round(value), 0), 255) for value in mean)
     return red, green, blue
 
 
@@ -30,7 +30,7 @@ def prepare_image(image: NDArray[np.uint8], rule: InputRule) -> tuple[NDArray[np
     """
     if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8 or not image.size:
         raise ValueError(f"an image must be (H, W, 3) uint8 RGB, found {image.shape} {image.dtype}")
-    return fit_image(image, rule.size, pad_color(rule))
+    return fit_image(image, rule.size, pad_color(rule.mean))
 
 
 def prepare_batch(images: Sequence[NDArray[np.uint8]], rule: InputRule) -> tuple[NDArray[np.uint8], list[FitTransform]]:

@@ -181,6 +181,10 @@ class SemanticPhase(Settings):
     """Share of the new classes' pixels on training images that fall to other classes when their logits are lowered
     after training. 0 as published: without old images nothing tells new classes from old ones, and they claim both."""
 
+    clean_old_targets: bool = False
+    """With tags of all seen classes, also remove untagged old classes from the semantic target, as the paper says; in
+    the authors' code tags clean the target of the auxiliary decoder alone."""
+
     @model_validator(mode="after")
     def _check_warmup(self) -> Self:
         if self.optimizer.warmup_epochs >= self.epochs:
@@ -189,10 +193,6 @@ class SemanticPhase(Settings):
                 f"found {self.epochs} and {self.optimizer.warmup_epochs}"
             )
         return self
-
-    clean_old_targets: bool = False
-    """With tags of all seen classes, also remove untagged old classes from the semantic target, as the paper says; in
-    the authors' code tags clean the target of the auxiliary decoder alone."""
 
 
 class PeakSettings(Settings):

@@ -133,7 +133,7 @@ class Predictor:
         """Find the instances of one image.
 
         Args:
-            image: (H, W, 3) uint8 RGB, or the path of an image file.
+            image: (H, W, 3) uint8 RGB, the path of an image file, or what reads itself.
 
         Returns:
             Instances in pixels of that image; each has at least one pixel there.
@@ -164,7 +164,7 @@ class Predictor:
         end with an exception, all that were given before it are answered first.
 
         Args:
-            sources: paths or (H, W, 3) uint8 RGB images.
+            sources: paths, (H, W, 3) uint8 RGB images, or what reads itself.
             batch_size: images per run of the graph.
 
         Yields:

@@ -22,11 +22,14 @@ from typing import Any
 
 import numpy as np
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from cost import GraphCost, count_cost
+
 from cl4wsis.bundle import Bundle, Precision, open_bundle
 from cl4wsis.engines import check_cuda, cuda_runtime, find_machine
 from cl4wsis.errors import Cl4wsisError
 from cl4wsis.images import read_image
-from cl4wsis_export.cost import GraphCost, count_cost
 from cl4wsis_export.engines import TENSORRT, TENSORRT_RTX, EngineSpec
 from cl4wsis_export.from_bundle import add_engines
 from cl4wsis_serve import Predictor

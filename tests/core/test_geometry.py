@@ -152,7 +152,7 @@ RULE = InputRule(size=(32, 64), mean=(123.675, 116.28, 103.53), std=(58.4, 57.1,
 
 
 def test_pad_color_is_the_rounded_mean() -> None:
-    assert pad_color(RULE) == (124, 116, 104)
+    assert pad_color(RULE.mean) == (124, 116, 104)
 
 
 def test_batch_is_what_single_images_give() -> None:

@@ -7,10 +7,10 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from cost import count_cost
 from typed import CHANNELS, SIZE, TYPES, typed_model
 
 from cl4wsis.engines import CACHE_VARIABLE
-from cl4wsis_export.cost import count_cost
 
 PIXELS = SIZE[0] * SIZE[1]
 FLOPS = {"conv0": 2 * PIXELS * CHANNELS * 3 * 9, "conv1": 2 * PIXELS * CHANNELS * CHANNELS * 9}

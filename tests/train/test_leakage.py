@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from cl4wsis.steps import read_step
 from cl4wsis.tasks import Plan
 from cl4wsis_train.data.loading import build_training_loader
+from cl4wsis_train.models.maps import upsample
 from cl4wsis_train.optim import build_optimizer
-from cl4wsis_train.phases.common import Phase, upsample
+from cl4wsis_train.phases.common import Phase
 from cl4wsis_train.phases.instance import InstancePhase
 from cl4wsis_train.trainer import build_fabric, train_step
 

@@ -17,6 +17,7 @@ from cl4wsis.geometry import FitTransform, fit_image, restore_instances
 from cl4wsis.grouping import GroupingSpec, group_instances
 from cl4wsis.instances import Instances
 from cl4wsis.metrics import Evaluation, EvaluationReport
+from cl4wsis.preprocess import pad_color
 from cl4wsis.recipe import Recipe
 from cl4wsis.tasks import Plan
 from cl4wsis_train.models.maps import GroupingMaps, grouping_maps
@@ -84,7 +85,7 @@ def run_network(
         The raw maps of the batch, and how each image lies in its frame.
     """
     network.eval()
-    padding = [round(value) for value in network.mean]
+    padding = pad_color(network.mean)
     frames, transforms = zip(*(fit_image(image, input_size, padding) for image in images), strict=True)
     device = next(network.parameters()).device
     batch = torch.from_numpy(np.stack(frames)).to(device).permute(0, 3, 1, 2)

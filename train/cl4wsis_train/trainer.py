@@ -23,6 +23,7 @@ from torch import nn
 import cl4wsis
 from cl4wsis.datasets import check_sources
 from cl4wsis.errors import ConfigError, DataError, RunError
+from cl4wsis.preprocess import pad_color
 from cl4wsis.recipe import LEARNING_FIELDS, NetworkSettings, OptimizerSettings, Recipe
 from cl4wsis.steps import (
     WEIGHTS_FILE,
@@ -285,7 +286,7 @@ class _StepTraining:
         network = phase.network.eval()
         if network.discriminant is None:
             return
-        padding = [round(value) for value in network.mean]
+        padding = pad_color(network.mean)
         loader = build_fitted_loader(self.plan, self.step, name, getattr(self.recipe, name).batch_size, padding)
         with torch.no_grad():
             network.discriminant.fit(phase.labelled_features(batch.to(self.fabric.device)) for batch in loader)

@@ -1,1 +1,1 @@
-"""Training data: drawn shapes, COCO-format files, image tags, augmentation, targets."""
+"""From the pictures of a plan to batches: loaders, augmentation, targets."""

@@ -3,6 +3,7 @@
 B = batch, C = classes with background, H x W = network input, h x w = the grid on which grouping runs.
 """
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
@@ -62,7 +63,7 @@ def share_centers(semantic_logits: Tensor, center_heatmap: Tensor) -> Tensor:
     Returns:
         (B, C - 1, H / 4, W / 4), in [0, 1].
     """
-    shares = _resized(semantic_logits[:, 1:].softmax(dim=1), (center_heatmap.shape[2], center_heatmap.shape[3]))
+    shares = upsample(semantic_logits[:, 1:].softmax(dim=1), (center_heatmap.shape[2], center_heatmap.shape[3]))
     any_center = center_heatmap.relu().clamp(max=1)
     while any_center.shape[1] > 1:  # in pairs: not every runtime has a product over channels, and 1 - x loses digits
         first, second, odd = any_center.tensor_split([any_center.shape[1] // 2, any_center.shape[1] // 2 * 2], dim=1)
@@ -92,9 +93,9 @@ def maps_on_grid(
     """
     grid = grouping_grid(input_size, profile)
     return output._replace(
-        semantic_logits=_resized(output.semantic_logits, grid),
-        center_heatmap=_with_flat_rim(_resized(output.center_heatmap, grid), output.center_heatmap),
-        offset_map=_resized(output.offset_map, grid),
+        semantic_logits=upsample(output.semantic_logits, grid),
+        center_heatmap=_with_flat_rim(upsample(output.center_heatmap, grid), output.center_heatmap),
+        offset_map=upsample(output.offset_map, grid),
     )
 
 
@@ -120,8 +121,16 @@ def _with_flat_rim(maps: Tensor, coarse: Tensor) -> Tensor:
     return F.pad(inner, (right, right, down, down), mode="replicate")
 
 
-def _resized(maps: Tensor, grid: tuple[int, int]) -> Tensor:
-    maps = maps.float()
-    if tuple(maps.shape[-2:]) == grid:
-        return maps
-    return F.interpolate(maps, size=grid, mode="bilinear", align_corners=False)  # (B, ?, h, w)
+def upsample(maps: Tensor, size: Sequence[int]) -> Tensor:
+    """Resize maps bilinearly (half-pixel convention) in float32.
+
+    Args:
+        maps: (B, C, h, w).
+        size: (H, W).
+
+    Returns:
+        (B, C, H, W) float32.
+    """
+    if tuple(maps.shape[2:]) == tuple(size):
+        return maps.float()
+    return F.interpolate(maps.float(), size=tuple(size), mode="bilinear", align_corners=False)

@@ -10,8 +10,9 @@ from cl4wsis_train.data.targets import encode_instance_targets, semantic_target_
 from cl4wsis_train.losses.instance import center_loss, offset_loss
 from cl4wsis_train.losses.semantic import semantic_bce_loss
 from cl4wsis_train.models.discriminant import NO_CLASS
+from cl4wsis_train.models.maps import upsample
 from cl4wsis_train.models.network import InstanceSegmenter
-from cl4wsis_train.phases.common import Losses, Phase, global_count, upsample
+from cl4wsis_train.phases.common import Losses, Phase, global_count
 from cl4wsis_train.processes import num_processes
 
 _HALF = 0.5

@@ -1,11 +1,10 @@
 """What the phases share: their common base, upsampling, and counts over all processes."""
 
-from collections.abc import Sequence
 from typing import TypeVar
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cl4wsis_train.losses.instance import count_pixels
 from cl4wsis_train.models.network import InstanceSegmenter
 from cl4wsis_train.processes import mean_over_processes
 
@@ -31,21 +30,6 @@ class Phase(nn.Module):
         self.statistics: dict[str, Tensor] = {}
 
 
-def upsample(maps: Tensor, size: Sequence[int]) -> Tensor:
-    """Resize maps bilinearly (half-pixel convention) in float32.
-
-    Args:
-        maps: (B, C, h, w).
-        size: (H, W).
-
-    Returns:
-        (B, C, H, W) float32.
-    """
-    if tuple(maps.shape[2:]) == tuple(size):
-        return maps.float()
-    return F.interpolate(maps.float(), size=tuple(size), mode="bilinear", align_corners=False)
-
-
 def global_count(loss_weight: Tensor) -> Tensor:
     """Count the pixels that carry weight, averaged over all processes.
 
@@ -58,7 +42,7 @@ def global_count(loss_weight: Tensor) -> Tensor:
     Returns:
         Scalar float32.
     """
-    return mean_over_processes((loss_weight > 0).sum().float())
+    return mean_over_processes(count_pixels(loss_weight))
 
 
 def freeze(module: ModuleT) -> ModuleT:

@@ -17,7 +17,8 @@ from cl4wsis_train.data.batch import Batch
 from cl4wsis_train.data.targets import InstanceTargets
 from cl4wsis_train.losses.distill import selective_center_loss, selective_offset_loss
 from cl4wsis_train.losses.instance import center_loss, offset_loss
-from cl4wsis_train.phases.common import Losses, Phase, freeze, global_count, upsample
+from cl4wsis_train.models.maps import upsample
+from cl4wsis_train.phases.common import Losses, Phase, freeze, global_count
 from cl4wsis_train.phases.semantic import SemanticPhase
 from cl4wsis_train.pseudo.instance import SemanticMap, find_peaks, semantic_map_from_logits, synthesize_targets
 from cl4wsis_train.pseudo.refine import merge_targets, refine_targets

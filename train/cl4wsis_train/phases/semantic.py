@@ -28,8 +28,9 @@ from cl4wsis_train.models.localizer import (
     PeakGenerator,
     normalized_global_weighted_pooling,
 )
+from cl4wsis_train.models.maps import upsample
 from cl4wsis_train.models.network import InstanceSegmenter
-from cl4wsis_train.phases.common import Losses, Phase, freeze, global_count, upsample
+from cl4wsis_train.phases.common import Losses, Phase, freeze, global_count
 from cl4wsis_train.processes import draw_for_images
 from cl4wsis_train.pseudo.semantic import (
     average_over_proposals,
