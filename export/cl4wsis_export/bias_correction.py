@@ -55,11 +55,12 @@ def _mean_answers(
         return {}
     probe = network.clone()
     probe.graph.outputs.clear()
-    axes = add_constant(probe, np.array([0, 2, 3], np.int64), "mean_axes")
     for node in list(probe.graph):
         if node.name not in weights:
             continue
         other = add_constant(probe, weights[node.name], f"{node.name}_other_weight")
+        places = [axis for axis in range(weights[node.name].ndim) if axis != 1]
+        axes = add_constant(probe, np.array(places, np.int64), f"{node.name}_mean_axes")
         answer = ir.node("Conv", [node.inputs[0], other], dict(node.attributes))
         mean = ir.node("ReduceMean", [answer.outputs[0], axes], {"keepdims": ir.AttrInt64("keepdims", 0)})
         (output,) = mean.outputs

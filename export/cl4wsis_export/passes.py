@@ -65,8 +65,8 @@ class FreeBatchPass(ir.passes.InPlacePass):
     """Free the batch of a graph that was traced with a fixed one, as if the exporter had left it open.
 
     The size must be a prime so large that no other side is a multiple of it: wherever it occurs, it is the batch. A
-    reshape that names it gets -1 in its place, and a resize factors in place of sizes, so that no shape is computed
-    while the graph runs.
+    reshape that names it gets -1 in its place, an expansion 1, and a resize factors in place of sizes, so that no shape
+    is computed while the graph runs.
 
     Args:
         size: of the batch the graph was traced with.
@@ -89,6 +89,8 @@ class FreeBatchPass(ir.passes.InPlacePass):
                 self._free_reshape(model, node)
             elif node.op_type == "Resize":
                 _scale_by_factors(model, node)
+            elif node.op_type == "Expand":
+                self._free_expansion(model, node)
         common.RemoveUnusedNodesPass()(model)  # with the constants that were replaced
         self._refuse_fixed(model)
         for value in (*model.graph.inputs, *(output for node in model.graph.all_nodes() for output in node.outputs)):
@@ -97,10 +99,25 @@ class FreeBatchPass(ir.passes.InPlacePass):
 
     def _free_reshape(self, model: ir.Model, node: ir.Node) -> None:
         sides = _constant(node.inputs[1])
-        if sides is None or -1 in sides or np.count_nonzero(self._depends(sides)) != 1:
+        if sides is None:
+            return
+        if node.outputs[0].shape is not None:  # what -1 stands for was known when the graph was traced
+            known = [side if isinstance(side, int) else -1 for side in node.outputs[0].shape]
+            sides = np.where(sides == -1, known, sides)
+        if -1 in sides or np.count_nonzero(self._depends(sides)) != 1:
             return  # of something without a batch, or refused below
         free = np.where(self._depends(sides), -1, sides)
         node.replace_input_with(1, add_constant(model, free, f"{node.name}_shape"))
+
+    def _free_expansion(self, model: ir.Model, node: ir.Node) -> None:
+        """Ask for 1 image where the source has the whole batch already, which leaves it as it is."""
+        sides, source = _constant(node.inputs[1]), node.inputs[0].shape if node.inputs[0] is not None else None
+        if sides is None or source is None or len(source) != len(sides):
+            return
+        kept = np.array([side == wanted for side, wanted in zip(source, sides.tolist(), strict=True)], bool)
+        if np.any(kept & self._depends(sides)):
+            free = np.where(kept & self._depends(sides), 1, sides)
+            node.replace_input_with(1, add_constant(model, free, f"{node.name}_shape"))
 
     def _free_shape(self, value: ir.Value) -> None:
         if value.shape is not None:

@@ -84,6 +84,22 @@ def test_a_traced_batch_is_freed_alone_and_merged_with_other_sides() -> None:
     assert shapes == ["[batch,4]", "[batch,2,2]", "[None,2]", "[batch,4]"]
 
 
+def test_a_side_that_is_left_open_beside_the_batch_is_filled_in() -> None:
+    body = """
+        open = Constant<value_ints=[4099, 1, -1]>() a = Reshape(x, open)
+        same = Constant<value_ints=[-1, 2, 2]>() y = Reshape(a, same)
+    """
+    model = free_batch(graph(body, "float[4099, 4] x", "float[4099, 2, 2] y"))
+    assert [constants(node) for node in model.graph] == [[[-1, 1, 4]], [[-1, 2, 2]]]
+
+
+def test_an_expansion_leaves_the_batch_as_it_is() -> None:
+    body = "n = Constant<value_ints=[4099, 4, 3]>() y = Expand(x, n)"
+    model = free_batch(graph(body, "float[4099, 4, 1] x", "float[4099, 4, 3] y"))
+    assert constants(model.graph.node(0)) == [[1, 4, 3]]
+    assert str(model.graph.outputs[0].shape) == "[batch,4,3]"
+
+
 def test_a_resize_says_by_how_much_not_how_large() -> None:
     body = """
         n = Constant<value_ints=[4099, 1, 6, 4]>()
