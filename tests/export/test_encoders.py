@@ -24,6 +24,11 @@ GPUS = ("8.0", "8.6", "8.9", "12.0")
 SIDE = 128
 
 
+def loose_limits(matched: float | None) -> Limits:
+    """Leave little to keep to: untrained maps are flat, and much of their instances is rounding."""
+    return Limits(golden_pixels=None, differing_pixels=None, matched=matched, mask_iou=None)
+
+
 LARGE = [pytest.param(name, marks=pytest.mark.exhaustive) for name in ("resnet50", "resnet101")]
 
 
@@ -71,7 +76,7 @@ def path(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
         precisions=PRECISIONS,
         precision_images=3,
         calibration_images=4,
-        limits={"float16": Limits(matched=0.7), "int8": Limits()},  # untrained maps are flat: much is rounding
+        limits={"float16": loose_limits(0.7), "int8": loose_limits(None)},
     )
     return export_network(network, info, tmp_path_factory.mktemp("encoders") / "x.cl4wsis", spec)
 
