@@ -13,13 +13,9 @@ the file of the graph variant of its precision.
 manifest under keys that begin with ``cl4wsis.``. So does every other variant, beside the file that holds its weights.
 """
 
-import glob
 import json
 import os
-import shutil
-import uuid
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, BinaryIO, Literal
@@ -29,8 +25,8 @@ from pydantic import AfterValidator, Field, ValidationError
 from cl4wsis.checks import DEFAULT_LIMITS, Agreement, Limits, VariantCheck
 from cl4wsis.config import Settings
 from cl4wsis.errors import BundleError
+from cl4wsis.folders import lock_by_name, replaced_folder
 from cl4wsis.grouping import GroupingSpec
-from cl4wsis.locks import lock_by_name, lock_folder
 from cl4wsis.steps import ClassInfo, InputRule, file_sha256, write_text_atomically
 
 FORMAT: Literal["cl4wsis-bundle/1"] = "cl4wsis-bundle/1"
@@ -398,12 +394,12 @@ def check_destination(destination: Path) -> None:
     Raises:
         BundleError: something else is there.
     """
-    if destination.exists() and not _is_bundle(destination):
+    if destination.exists() and not is_bundle(destination):
         raise BundleError(f"{destination}: exists and is no bundle; move it away or choose another name with --out")
 
 
-def _is_bundle(folder: Path) -> bool:
-    """Tell whether a folder is a bundle, of whatever version: others have a manifest.json too."""
+def is_bundle(folder: Path) -> bool:
+    """Tell whether a folder is a bundle, of whatever version; others may have a ``manifest.json`` too."""
     try:
         content = json.loads((folder / MANIFEST_FILE).read_bytes())
     except (OSError, ValueError):
@@ -439,54 +435,6 @@ def update_manifest(bundle: Bundle, changes: Changes | Callable[[Manifest], Chan
 
 def _manifest_text(manifest: Manifest) -> str:
     return json.dumps(manifest.model_dump(mode="json"), indent=1, ensure_ascii=False) + "\n"
-
-
-@contextmanager
-def replaced_folder(destination: Path) -> Iterator[Path]:
-    """Give a temporary folder beside the destination that takes its place when the block ends without an error.
-
-    What a killed process left there is removed. Where the destination is a link, what it names is replaced.
-
-    Args:
-        destination: final name of the folder; its parent exists.
-    """
-    destination = destination.resolve()
-    _remove_leftovers(destination)
-    token = uuid.uuid4().hex[:8]
-    temporary = destination.with_name(f".{destination.name}.{token}.tmp")
-    old = destination.with_name(f".{destination.name}.{token}.old")
-    temporary.mkdir()
-    with lock_folder(temporary):  # so that no other process takes it for a leftover
-        try:
-            yield temporary
-            with lock_by_name(destination):  # who changes the manifest ends first, or does so in the new folder
-                try:
-                    if destination.exists():
-                        destination.rename(old)
-                    temporary.rename(destination)
-                except BaseException:
-                    if old.exists() and not destination.exists():
-                        old.rename(destination)
-                    raise
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
-            if destination.exists():
-                shutil.rmtree(old, ignore_errors=True)
-
-
-def _remove_leftovers(destination: Path) -> None:
-    """Remove what a killed process left beside the destination; a bundle it had already put aside is put back."""
-    for temporary in destination.parent.glob(f".{glob.escape(destination.name)}.*.tmp"):
-        with suppress(BlockingIOError), lock_folder(temporary) as is_held:
-            if is_held:  # else nobody knows whether its process lives, and it stays under its hidden name
-                shutil.rmtree(temporary, ignore_errors=True)
-    for old in destination.parent.glob(f".{glob.escape(destination.name)}.*.old"):
-        if old.with_suffix(".tmp").exists():
-            continue  # its process lives and is about to put the new bundle into this place
-        if destination.exists():
-            shutil.rmtree(old, ignore_errors=True)
-        else:
-            old.rename(destination)
 
 
 def _read_manifest(folder: Path) -> Manifest:

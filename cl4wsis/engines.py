@@ -280,7 +280,7 @@ def find_engine(bundle: Bundle, variant: VariantInfo, runtime: str, version: str
     if runtime == "tensorrt-rtx" and machine.compute_capability:
         command += f" --compute-capability {machine.compute_capability}"
     held = "; ".join(reasons) or f"none was built of its {variant.precision} graph with post={variant.post}"
-    way_out = f"build one here: {command}" if variant.post == "graph" else "engines are of post=graph: choose that"
+    way_out = f"build one here: {command}" if variant.post == "graph" else "engines hold the grouping: use --post graph"
     raise EngineMissingError(f"{bundle.path}: no {runtime} engine fits this machine: {held}; {way_out}")
 
 

@@ -18,6 +18,7 @@ from pydantic import BaseModel, Field, ValidationError
 from cl4wsis.datasets.pictures import VOID_ID, Listing, MaskFinding, is_valid_box, read_of_size
 from cl4wsis.datasets.problems import ProblemsError
 from cl4wsis.errors import DataError
+from cl4wsis.images import read_bytes
 from cl4wsis.masks import mask_from_segmentation
 from cl4wsis.tasks import class_name
 
@@ -192,7 +193,7 @@ def list_instances(
     try:
         state = path.stat()
     except OSError as error:
-        raise _unreadable(path, error) from error
+        raise DataError(f"{path}: cannot be read: {error.strerror or error}") from error
     names = tuple(sorted((rename or {}).items()))
     numbers = None if names_by_id is None else tuple(sorted(names_by_id.items()))
     return _list_instances(path, (state.st_mtime_ns, state.st_size), folder, names, numbers)
@@ -297,19 +298,3 @@ def image_path(folder: Path, name: str) -> Path:
     if PurePosixPath(name).parts[:1] == (folder.name,) and not path.exists():
         return folder.parent / name
     return path
-
-
-def read_bytes(path: Path) -> bytes:
-    """Read a whole file.
-
-    Raises:
-        DataError: it cannot be read.
-    """
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise _unreadable(path, error) from error
-
-
-def _unreadable(path: Path, error: OSError) -> DataError:
-    return DataError(f"{path}: cannot be read: {error.strerror or error}")

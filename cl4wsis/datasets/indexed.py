@@ -11,12 +11,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cl4wsis.cores import usable_cores
-from cl4wsis.datasets.coco import describe_repeated, read_bytes
+from cl4wsis.datasets.coco import describe_repeated
 from cl4wsis.datasets.pictures import VOID_ID, Listing, MaskFinding, PictureT, TaggedImage, is_valid_box, read_of_size
 from cl4wsis.datasets.problems import problems_of
 from cl4wsis.datasets.tags import read_tag_rows
 from cl4wsis.errors import DataError
-from cl4wsis.images import IMAGE_SUFFIXES
+from cl4wsis.images import IMAGE_SUFFIXES, read_bytes
 
 VOC_CLASSES = (
     *("aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow"),

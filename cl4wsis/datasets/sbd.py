@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cl4wsis.datasets.coco import AnnotatedImage, list_instances, read_bytes
+from cl4wsis.datasets.coco import AnnotatedImage, list_instances
 from cl4wsis.datasets.indexed import (
     VOC_CLASSES,
     VOID_VALUE,
@@ -29,6 +29,7 @@ from cl4wsis.datasets.indexed import (
 )
 from cl4wsis.datasets.pictures import VOID_ID, Listing, TaggedImage
 from cl4wsis.errors import DataError, require
+from cl4wsis.images import read_bytes
 from cl4wsis.tasks import SbdSource
 
 

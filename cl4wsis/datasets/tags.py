@@ -5,10 +5,11 @@ import json
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 
-from cl4wsis.datasets.coco import describe_repeated, image_path, read_bytes
+from cl4wsis.datasets.coco import describe_repeated, image_path
 from cl4wsis.datasets.pictures import TaggedImage
 from cl4wsis.datasets.problems import raise_problems
 from cl4wsis.errors import DataError
+from cl4wsis.images import read_bytes
 from cl4wsis.tasks import class_name
 
 _CSV_HEADERS = {"file", "file_name", "filename", "image", "image_name", "name", "path"}

@@ -16,7 +16,6 @@ from xml.etree import ElementTree
 import numpy as np
 from numpy.typing import NDArray
 
-from cl4wsis.datasets.coco import read_bytes
 from cl4wsis.datasets.indexed import (
     VOC_CLASSES,
     VOID_VALUE,
@@ -28,7 +27,7 @@ from cl4wsis.datasets.indexed import (
 )
 from cl4wsis.datasets.pictures import VOID_ID, Listing, TaggedImage
 from cl4wsis.errors import DataError
-from cl4wsis.images import read_index_map
+from cl4wsis.images import read_bytes, read_index_map
 from cl4wsis.tasks import VocSource
 
 

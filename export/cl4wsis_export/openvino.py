@@ -11,8 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cl4wsis.agreement import AgreementCounter
-from cl4wsis.bundle import LABELS_FILE, Bundle, Manifest, VariantInfo, read_onnx_metadata, replaced_folder
+from cl4wsis.bundle import LABELS_FILE, Bundle, Manifest, VariantInfo, read_onnx_metadata
 from cl4wsis.errors import BackendError, BundleError, require
+from cl4wsis.folders import replaced_folder
 from cl4wsis.grouping import group_maps
 from cl4wsis.images import read_image
 from cl4wsis.instances import Instances

@@ -44,13 +44,12 @@ class ExportSpec(Settings):
         """Keep the defaults of limits that are not named; one is lifted by None alone."""
         if not isinstance(tables, dict):
             return tables
-        return {
-            precision: DEFAULT_LIMITS[precision].model_dump()
-            | (given.model_dump(exclude_unset=True) if isinstance(given, Limits) else given)
-            if precision in DEFAULT_LIMITS and isinstance(given, Limits | dict)
-            else given
-            for precision, given in tables.items()
-        }
+        complete = {}
+        for precision, given in tables.items():
+            named = given.model_dump(exclude_unset=True) if isinstance(given, Limits) else given
+            defaults = DEFAULT_LIMITS.get(precision)
+            complete[precision] = defaults.model_dump() | named if defaults and isinstance(named, dict) else named
+        return complete
 
 
 def spec_for_step(info: StepInfo, overrides: Iterable[str] = ()) -> ExportSpec:

@@ -13,9 +13,10 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from cl4wsis.bundle import LABELS_FILE, Bundle, TensorInfo, VariantInfo, replaced_folder
+from cl4wsis.bundle import LABELS_FILE, Bundle, TensorInfo, VariantInfo
 from cl4wsis.engines import FoundEngine
 from cl4wsis.errors import BundleError
+from cl4wsis.folders import replaced_folder
 from cl4wsis.images import read_image
 
 CONFIG_FILE = "config.pbtxt"

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from cl4wsis.bundle import MANIFEST_FILE, MODEL_FILE
+from cl4wsis.bundle import is_bundle
 from cl4wsis.errors import Cl4wsisError, DataError
 from cl4wsis.images import IMAGE_SUFFIXES
 from cl4wsis.instances import Instances
@@ -130,8 +130,8 @@ def _images_below(folder: Path, skipped: Sequence[Path], above: tuple[Path, ...]
     if real in above or any(real.is_relative_to(path) for path in skipped):
         return
     try:
-        if above and _is_bundle(folder):
-            return
+        if above and is_bundle(folder):
+            return  # its images are the golden inputs
         results = result_folders(folder)
         for path in folder.iterdir():
             if path.is_dir():
@@ -149,11 +149,6 @@ def _images_below(folder: Path, skipped: Sequence[Path], above: tuple[Path, ...]
 def _is_image(path: Path) -> bool:
     """Tell whether a path is taken for an image; one behind a broken link is, so that it is reported as missing."""
     return path.suffix.lower() in IMAGE_SUFFIXES and (path.is_file() or (path.is_symlink() and not path.exists()))
-
-
-def _is_bundle(folder: Path) -> bool:
-    """Tell whether a folder is a bundle, whose images are the golden inputs."""
-    return (folder / MANIFEST_FILE).is_file() and (folder / MODEL_FILE).is_file()
 
 
 def _fixed_part(pattern: Path) -> Path:

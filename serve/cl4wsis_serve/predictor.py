@@ -13,11 +13,11 @@ from numpy.typing import NDArray
 
 from cl4wsis.bundle import Bundle, Manifest, Post, Precision, open_bundle
 from cl4wsis.errors import BackendError, BundleError, Cl4wsisError, DataError
+from cl4wsis.folders import folder_identity
 from cl4wsis.geometry import FitTransform, restore_instances
 from cl4wsis.grouping import group_maps
 from cl4wsis.images import read_image
 from cl4wsis.instances import Instances
-from cl4wsis.locks import folder_identity
 from cl4wsis.preprocess import prepare_batch, prepare_image, stack_frames
 from cl4wsis.steps import ClassInfo
 from cl4wsis_serve.backends.base import MAP_NAMES, Backend, Outputs, check_maps, check_outputs

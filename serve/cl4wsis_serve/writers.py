@@ -7,7 +7,7 @@ files of single images, but no half COCO file.
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -18,9 +18,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cl4wsis.errors import DataError
+from cl4wsis.folders import hold_folder
 from cl4wsis.images import decode_image, encode_jpeg, encode_png, read_bytes, write_bytes_atomically
 from cl4wsis.instances import Instances
-from cl4wsis.locks import lock_folder
 from cl4wsis.steps import ClassInfo
 
 IDS_FOLDER, OVERLAY_FOLDER, COCO_FILE = "ids", "overlay", "coco.json"
@@ -138,13 +138,8 @@ def locked_results(folder: Path) -> Iterator[None]:
         DataError: another process does, or the folder cannot be made.
     """
     _make_folder(folder)
-    with ExitStack() as stack:
-        try:
-            stack.enter_context(lock_folder(folder))
-        except BlockingIOError as error:
-            raise DataError(
-                f"{folder}: another process writes results there; wait for it, or choose another folder with --out"
-            ) from error
+    sentence = f"{folder}: another process writes results there; wait for it, or choose another folder with --out"
+    with hold_folder(folder, DataError(sentence)):
         yield
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from cl4wsis import locks
+from cl4wsis import folders
 from cl4wsis.bundle import (
     MANIFEST_FILE,
     EngineInfo,
@@ -199,7 +199,7 @@ def test_a_link_to_a_bundle_stays_a_link(bundle: Path, tmp_path: Path) -> None:
 
 def test_a_manifest_is_changed_in_the_bundle_that_bears_the_name(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """While a process waits for the lock, an export puts another bundle in place."""
-    opened, lock = open_bundle(bundle), locks.lock_folder
+    opened, lock = open_bundle(bundle), folders.lock_folder
     exports = [2]
 
     @contextmanager
@@ -213,7 +213,7 @@ def test_a_manifest_is_changed_in_the_bundle_that_bears_the_name(bundle: Path, m
         path.rename(path.with_name("before"))
         write_bundle(path.with_name("new"), make_manifest(step=step), FILES).rename(path)
 
-    monkeypatch.setattr(locks, "lock_folder", late)
+    monkeypatch.setattr(folders, "lock_folder", late)
     update_manifest(opened, {"name": "renamed"})
     manifest = open_bundle(bundle).manifest
     assert (manifest.name, manifest.step) == ("renamed", 2)

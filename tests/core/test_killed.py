@@ -106,7 +106,7 @@ def test_a_bundle_that_was_put_aside_comes_back(tmp_path: Path) -> None:
 def test_a_running_export_is_left_alone(tmp_path: Path) -> None:
     destination = tmp_path / "x.cl4wsis"
     code = (
-        "import sys, time\nfrom pathlib import Path\nfrom cl4wsis.bundle import replaced_folder\n"
+        "import sys, time\nfrom pathlib import Path\nfrom cl4wsis.folders import replaced_folder\n"
         "with replaced_folder(Path(sys.argv[1])) as folder:\n"
         "    (folder / 'manifest.json').write_text('{}')\n    print('ready', flush=True)\n    sys.stdin.read()\n"
     )

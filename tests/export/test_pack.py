@@ -31,6 +31,13 @@ def golden(path: Path) -> list[tuple[np.ndarray, dict[str, np.ndarray]]]:
     return cases
 
 
+@pytest.fixture
+def built_graph(bundle_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Spare an export the work of tracing: its graph is that of the bundle."""
+    model = pack.ir.load(str(bundle_path / "model.onnx"))
+    monkeypatch.setattr(pack, "build_graph", lambda segmenter, opset: model)
+
+
 def test_manifest_tells_what_a_runtime_needs(bundle_path: Path, step_info: StepInfo) -> None:
     manifest = open_bundle(bundle_path).manifest
     assert [info.name for info in manifest.classes] == ["disc", "square", "star", "ring", "cross"]
@@ -113,33 +120,28 @@ def test_golden_outputs_are_those_of_the_network(
         np.testing.assert_allclose(found.scores[0].numpy(), expected["scores"], atol=1e-4)
 
 
+@pytest.mark.usefixtures("built_graph")
 def test_a_disagreeing_graph_is_not_packed(
     network: InstanceSegmenter,
     step_info: StepInfo,
     export_spec: ExportSpec,
-    bundle_path: Path,
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The graph of another network stands in for one that was exported wrongly."""
     other = InstanceSegmenter(step_info.network, step_info.class_counts)
-    model = pack.ir.load(str(bundle_path / "model.onnx"))
-    monkeypatch.setattr(pack, "build_graph", lambda segmenter, opset: model)
     with pytest.raises(BundleError, match=r"does not answer as the network did: up to \d+\.\d+% of an image's pixels"):
         export_network(other, step_info, tmp_path / "bad.cl4wsis", export_spec)
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.usefixtures("built_graph")
 def test_an_interrupted_export_leaves_the_old_bundle(
     network: InstanceSegmenter,
     step_info: StepInfo,
     export_spec: ExportSpec,
-    bundle_path: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    model = pack.ir.load(str(bundle_path / "model.onnx"))
-    monkeypatch.setattr(pack, "build_graph", lambda segmenter, opset: model)
     destination = export_network(network, step_info, tmp_path / "a.cl4wsis", export_spec)
     before = file_sha256(destination / "manifest.json")
 
@@ -154,21 +156,18 @@ def test_an_interrupted_export_leaves_the_old_bundle(
     open_bundle(destination)
 
 
+@pytest.mark.usefixtures("built_graph")
 def test_a_trained_step_is_exported_from_its_folder(
     network: InstanceSegmenter,
     step_info: StepInfo,
     export_spec: ExportSpec,
-    bundle_path: Path,
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     folder = tmp_path / "step-1"
     folder.mkdir()
     save_file(network.state_dict(), folder / WEIGHTS_FILE)
     info = step_info.model_copy(update={"weights_sha256": file_sha256(folder / WEIGHTS_FILE)})
     write_step_info(folder, info)
-    model = pack.ir.load(str(bundle_path / "model.onnx"))
-    monkeypatch.setattr(pack, "build_graph", lambda segmenter, opset: model)
     path = export_step(folder, tmp_path / "out" / "x.cl4wsis", export_spec)
     assert open_bundle(path).manifest.weights_sha256 == info.weights_sha256
 
@@ -201,16 +200,14 @@ def test_a_limit_that_is_set_leaves_the_others(step_info: StepInfo) -> None:
     assert ExportSpec(limits={"int8": Limits(matched=None)}).limits["int8"].matched is None
 
 
+@pytest.mark.usefixtures("built_graph")
 def test_a_precision_that_cannot_be_made_is_left_out(
     network: InstanceSegmenter,
     step_info: StepInfo,
     export_spec: ExportSpec,
-    bundle_path: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    model = pack.ir.load(str(bundle_path / "model.onnx"))
-    monkeypatch.setattr(pack, "build_graph", lambda segmenter, opset: model)
 
     def fail(*_: object) -> None:
         raise BundleError("weights are beyond half precision")

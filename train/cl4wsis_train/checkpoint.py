@@ -8,7 +8,7 @@ ended.
 
 import json
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from cl4wsis.comparison import difference
 from cl4wsis.config import Settings
 from cl4wsis.errors import RunError
-from cl4wsis.locks import lock_folder
+from cl4wsis.folders import hold_folder
 from cl4wsis.steps import WEIGHTS_FILE, StepInfo, file_sha256, read_step
 from cl4wsis.tasks import Plan
 from cl4wsis_train.models.network import InstanceSegmenter
@@ -77,11 +77,8 @@ def locked_folder(folder: Path) -> Iterator[None]:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise RunError(f"{folder}: cannot be made: {error.strerror or error}") from error
-    with ExitStack() as stack:
-        try:
-            stack.enter_context(lock_folder(folder))
-        except BlockingIOError as error:
-            raise RunError(f"{folder}: another process trains this step; wait for it, or stop it first") from error
+    sentence = f"{folder}: another process trains this step; wait for it, or stop it first"
+    with hold_folder(folder, RunError(sentence)):
         yield
 
 

@@ -1,4 +1,4 @@
-"""What the phases share: their common base, upsampling, and counts over all processes."""
+"""What the phases share: their common base, and counts over all processes."""
 
 from typing import TypeVar
 

@@ -8,14 +8,14 @@ from pathlib import Path
 
 import pytest
 
-from cl4wsis.locks import lock_folder
+from cl4wsis.folders import lock_folder
 
 pytest.importorskip("fcntl", reason="this system has no such locks")
 
 HOLD = """
 import sys
 from pathlib import Path
-from cl4wsis.locks import lock_folder
+from cl4wsis.folders import lock_folder
 with lock_folder(Path(sys.argv[1])) as is_held:
     print(is_held, flush=True)
     sys.stdin.read()
