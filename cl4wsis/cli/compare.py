@@ -64,9 +64,9 @@ def compare(
 ) -> None:
     """Train presets on a plan, with one base step per seed, and write compare.md, compare.csv and compare.png.
 
-    Give the plan first. What is trained already is not trained again, so an interrupted comparison goes on where it
-    stopped, and presets or seeds can be added later. The run folder holds one run per seed; runs/PLAN/compare when not
-    given.
+    Give the plan first. The run folder holds one run per seed.
+
+    What is trained already is not trained again: an interrupted comparison goes on, presets and seeds can be added.
     """
     from cl4wsis.cli.console import note, print_json
     from cl4wsis.comparison import comparison_markdown, summarize, write_csv
