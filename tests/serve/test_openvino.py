@@ -1,5 +1,7 @@
 """The OpenVINO backend: the answers of ONNX Runtime, the arithmetic that the graph states, and clear refusals."""
 
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -70,6 +72,27 @@ def test_threads_may_share_a_predictor(tmp_path: Path, post: Post) -> None:
         found = list(pool.map(predictor.predict, images * 50))
     for index, answer in enumerate(found):
         np.testing.assert_array_equal(answer.instance_ids, expected[index % len(images)])
+
+
+def test_a_signal_may_come_after_another_thread_let_go_of_a_predictor(tmp_path: Path) -> None:
+    program = """
+import os, signal, sys, threading, time
+from cl4wsis_serve import Predictor
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # whoever runs the tests may ignore it
+predictors = [Predictor.open(sys.argv[1], "openvino")]
+thread = threading.Thread(target=predictors.clear)
+thread.start()
+thread.join()
+try:
+    os.kill(os.getpid(), signal.SIGINT)
+    time.sleep(60)
+except KeyboardInterrupt:
+    print("interrupted")
+"""
+    bundle = write_color_bundle(tmp_path / "colors.cl4wsis")
+    ended = subprocess.run([sys.executable, "-c", program, str(bundle)], capture_output=True, text=True)
+    assert (ended.returncode, ended.stdout) == (0, "interrupted\n"), ended.stderr
 
 
 def test_images_need_not_be_contiguous(folder: Path) -> None:

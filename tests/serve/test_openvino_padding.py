@@ -7,6 +7,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
+from cl4wsis_serve.backends.openvino import shared_core
 from cl4wsis_serve.backends.openvino_padding import leave_out_padding
 
 openvino = pytest.importorskip("openvino", reason="needs the extra 'openvino'")
@@ -48,7 +49,7 @@ def int8_convolution(size: tuple[int, int], *readers: dict[str, Any], zero_point
 
 
 def compiled(graph: onnx.ModelProto, size: tuple[int, int], cuts: bool, batch: int = 2) -> tuple[Any, int]:
-    core = openvino.Core()
+    core = shared_core()
     model = core.read_model(graph.SerializeToString())
     model.reshape({"images": [batch, CHANNELS, *size]})
     count = leave_out_padding(model) if cuts else 0

@@ -5,12 +5,20 @@ graph decides: one in float32 (or int8, whose remaining layers are float32) comp
 half-precision arithmetic that the CPU has.
 
 Compiled graphs are kept on disk only where the environment variable ``CL4WSIS_OPENVINO_CACHE`` names a folder for them.
+
+All graphs of a process are compiled by one ``openvino.Core``, which is never given up. With a core OpenVINO loads its
+plugin for CPUs, which gives the thread that loads it a stack for signal handlers; with the core goes the stack, in
+whichever thread that happens, and the one before it is put back, be that still there or not. Were two cores given up in
+the order in which they were made, or one in another thread, the next signal (Ctrl-C, the end of a child process) would
+end the process with SIGSEGV.
 """
 
 import logging
 import mmap
 import os
+import threading
 from collections import OrderedDict
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +39,7 @@ from cl4wsis_serve.backends.base import (
 from cl4wsis_serve.backends.openvino_padding import leave_out_padding
 
 logger = logging.getLogger(__name__)
+_core_lock = threading.Lock()
 
 _NUMPY_TYPES = {"u8": "uint8", "i32": "int32", "f32": "float32"}
 _HALF_TYPES = {"FP16": "f16", "BF16": "bf16"}
@@ -62,7 +71,7 @@ class OpenVinoBackend:
     def __init__(self, request: BackendRequest) -> None:
         self._runtime = _import_openvino()
         self._request = request
-        self._core = self._runtime.Core()
+        self._core = shared_core()
         self.arithmetic = _arithmetic(self._core, request)
         """Floating-point type in which layers compute that are not int8: ``f32``, ``f16`` or ``bf16``."""
         self._multiplies_padding = request.variant.precision == "int8" and "BF16" not in _capabilities(self._core)
@@ -156,10 +165,26 @@ def open_backend(request: BackendRequest) -> Backend:
 def why_unavailable(name: str) -> str | None:
     """Say why this backend cannot be used here, or nothing when it can; loads OpenVINO if it is installed."""
     try:
-        devices = _import_openvino().Core().available_devices
+        devices = shared_core().available_devices
     except BackendError as error:
         return str(error)
     return None if "CPU" in devices else f"{name} has no CPU plugin; run: pip install --force-reinstall openvino"
+
+
+def shared_core() -> Any:
+    """Return the one ``openvino.Core`` of this process.
+
+    Raises:
+        BackendError: OpenVINO is missing.
+    """
+    runtime = _import_openvino()
+    with _core_lock:
+        return _make_core(runtime)
+
+
+@cache
+def _make_core(runtime: Any) -> Any:
+    return runtime.Core()
 
 
 def _import_openvino() -> Any:
