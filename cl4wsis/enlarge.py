@@ -204,9 +204,10 @@ def _probs_by_steps(cells: "_Cells", shifted: FloatMap) -> FloatMap:
     total = np.empty((side, side, count), np.float32)
     largest = np.empty_like(total)
     for row in range(side):
+        if row:
+            value *= factor
         np.add.reduce(value, axis=0, out=total[row])
         np.maximum.reduce(value, axis=0, out=largest[row])
-        value *= factor
     return np.divide(largest, total, out=total).reshape(-1, count)
 
 
