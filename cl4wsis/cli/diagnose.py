@@ -12,8 +12,8 @@ from cl4wsis.cli.options import (
     PresetOption,
     RunOption,
     SetOption,
-    launch_fabric,
     load_chosen_plan,
+    load_network,
 )
 
 
@@ -32,8 +32,8 @@ def diagnose(
     """Measure a trained step with true classes, true centers and true offsets in place of the network's own."""
     from cl4wsis.cli.console import print_json, progress_bar
     from cl4wsis.cli.report import print_variants
-    from cl4wsis.errors import RunError, require
-    from cl4wsis.steps import read_plan_step, step_folder, trained_steps
+    from cl4wsis.errors import RunError
+    from cl4wsis.steps import trained_steps
 
     plan = load_chosen_plan(plan_name, settings, preset, method)
     folder = run or Path("runs") / plan.name
@@ -43,13 +43,9 @@ def diagnose(
             f"{folder}: holds no trained step; run 'cl4wsis train-step' first, or name the folder with --run"
         )
     step = steps[-1] if step is None else step
-    read_plan_step(plan, step, folder)
-    require("train")
-    from cl4wsis_train.checkpoint import load_step
+    network = load_network(plan, step, folder, device)
     from cl4wsis_train.diagnose import diagnose_network
 
-    network, _ = load_step(step_folder(folder, step, plan.recipe.variant))
-    network.to(launch_fabric(plan, device).device)
     with progress_bar() as bar:
         task = bar.add_task("diagnose", total=None)
         reports = diagnose_network(

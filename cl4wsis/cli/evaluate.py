@@ -21,8 +21,8 @@ from cl4wsis.cli.options import (
     Runtime,
     SetOption,
     ThreadsOption,
-    launch_fabric,
     load_chosen_plan,
+    load_network,
 )
 
 if TYPE_CHECKING:
@@ -99,16 +99,10 @@ def _refuse_runtime(runtime: Runtime) -> None:
 
 def _evaluate_step(plan: "Plan", step: int, run: Path, device: str) -> "EvaluationReport":
     from cl4wsis.cli.console import progress_bar
-    from cl4wsis.errors import require
-    from cl4wsis.steps import read_plan_step, step_folder
 
-    read_plan_step(plan, step, run)
-    require("train")
-    from cl4wsis_train.checkpoint import load_step
+    network = load_network(plan, step, run, device)
     from cl4wsis_train.evaluate import evaluate_network
 
-    network, _ = load_step(step_folder(run, step, plan.recipe.variant))
-    network.to(launch_fabric(plan, device).device)
     with progress_bar() as bar:
         task = bar.add_task("evaluate", total=None)
         return evaluate_network(network, plan, step, lambda done, total: bar.update(task, completed=done, total=total))

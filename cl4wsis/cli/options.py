@@ -11,6 +11,7 @@ if TYPE_CHECKING:
 
     from cl4wsis.tasks import Plan
     from cl4wsis_serve.predictor import Predictor
+    from cl4wsis_train.models.network import InstanceSegmenter
 
 ConfigOption = Annotated[
     str, typer.Option("--config", "-c", help="Plan: a TOML file, or the name of one that comes with cl4wsis.")
@@ -164,3 +165,30 @@ def launch_fabric(plan: "Plan", device: str, devices: str = "1") -> "Fabric":
         raise RunError(
             f"--device {device}{several} cannot be used here ({reason}): --device takes auto, cpu, cuda or mps{rule}"
         ) from error
+
+
+def load_network(plan: "Plan", step: int, run: Path, device: str) -> "InstanceSegmenter":
+    """Load what a step of a plan was trained to, on the device named, and say if it would be measured at another size.
+
+    Raises:
+        ConfigError: the plan has no such step.
+        RunError: the step is not trained, cannot be read, or is of another plan; or there is no such device here.
+        MissingExtraError: torch is not installed.
+    """
+    from cl4wsis.cli.console import note
+    from cl4wsis.errors import require
+    from cl4wsis.steps import read_plan_step, step_folder
+
+    trained = read_plan_step(plan, step, run).plan.recipe.input_size
+    require("train")
+    from cl4wsis_train.checkpoint import load_step
+
+    height, width = plan.recipe.input_size
+    if trained != (height, width):
+        note(
+            f"step {step} was trained, and is exported, for {trained[0]}x{trained[1]} px and is measured at "
+            f"{height}x{width} px here (height x width), as the plan says; for the former give "
+            f"--set recipe.input_size=[{trained[0]},{trained[1]}]"
+        )
+    network, _ = load_step(step_folder(run, step, plan.recipe.variant))
+    return network.to(launch_fabric(plan, device).device)

@@ -133,6 +133,17 @@ def test_evaluate_measures_a_trained_step(run: Path) -> None:
     assert measured["num_images"] == 4
 
 
+@pytest.mark.parametrize("command", [["evaluate", "--step", "0"], ["diagnose", "--step", "0"]])
+def test_another_input_size_than_that_of_training_is_told(run: Path, command: list[str]) -> None:
+    told = "--set recipe.input_size=[64,64]"
+    arguments = [*command, "--run", str(run), "--json", *SETTINGS]
+    assert told not in RUNNER.invoke(app, arguments).stderr
+    answer = RUNNER.invoke(app, [*arguments, "--set", "recipe.input_size=[64,96]"])
+    assert answer.exit_code == 0, answer.output
+    assert told in answer.stderr.replace("\n", " ")
+    assert "64x96 px" in answer.stderr.replace("\n", " ")
+
+
 def test_evaluate_takes_no_bundle_of_another_preset(tmp_path: Path) -> None:
     write_color_bundle(tmp_path / "shapes-step2.cl4wsis")
     write_color_bundle(tmp_path / "plus" / "shapes-step2.cl4wsis")
