@@ -1,4 +1,4 @@
-"""Folders that processes share: locked, and replaced as a whole.
+"""Files and folders that processes share: replaced as a whole, and locked.
 
 A lock is held by a process, gone with it however it ends, and leaves no file behind.
 """
@@ -9,7 +9,11 @@ import shutil
 import uuid
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from hashlib import sha256
 from pathlib import Path
+
+_LONGEST_NAME = 250
+"""Bytes of a file name that leave room for what a temporary one adds, where names may have 255."""
 
 
 @contextmanager
@@ -77,6 +81,26 @@ def folder_identity(path: Path) -> tuple[int, int] | None:
     except OSError:
         return None
     return state.st_dev, state.st_ino
+
+
+@contextmanager
+def replaced_file(path: Path) -> Iterator[Path]:
+    """Give a temporary file beside another, which it replaces when the block ends without an error.
+
+    A reader sees the old file or the new one, never half of it. What a killed process left there is overwritten.
+
+    Args:
+        path: final name of the file; its folder exists, and no other process writes it at the same time.
+    """
+    name = os.fsencode(path.name)
+    stem = path.name if len(name) <= _LONGEST_NAME else sha256(name).hexdigest()
+    temporary = path.with_name(f".{stem}.tmp")
+    try:
+        yield temporary
+        temporary.replace(path)
+    finally:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
 
 
 @contextmanager

@@ -10,9 +10,7 @@ What comes out is always (H, W, 3) uint8 RGB:
 - A JPEG or PNG that ends early is refused rather than filled up with gray.
 """
 
-import hashlib
 import zlib
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cl4wsis.errors import DataError
+from cl4wsis.folders import replaced_file
 
 IMAGE_SUFFIXES = frozenset({".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"})
 """File name endings (lower case) that are taken for images when a folder is searched."""
@@ -177,19 +176,15 @@ def write_png(path: str | Path, array: NDArray[Any]) -> None:
 
 
 def write_bytes_atomically(path: Path, content: bytes) -> None:
-    """Write a file under a temporary name and rename it.
+    """Write a file so that a reader sees the old or the new one, never half of it.
 
     Raises:
         DataError: the file cannot be written.
     """
-    # The name itself may be as long as the file system allows.
-    temporary = path.with_name(f".{hashlib.sha256(path.name.encode('utf-8', 'surrogateescape')).hexdigest()[:16]}.tmp")
     try:
-        temporary.write_bytes(content)
-        temporary.replace(path)
+        with replaced_file(path) as temporary:
+            temporary.write_bytes(content)
     except OSError as error:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
         raise DataError(f"{path}: cannot be written: {error.strerror or error}") from error
 
 

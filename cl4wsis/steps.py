@@ -14,6 +14,7 @@ from pydantic import Field, ValidationError
 
 from cl4wsis.config import Settings
 from cl4wsis.errors import RunError
+from cl4wsis.folders import replaced_file
 from cl4wsis.recipe import NetworkSettings
 from cl4wsis.tasks import Plan
 
@@ -141,9 +142,8 @@ def write_step_info(folder: Path, info: StepInfo) -> None:
 
 def write_text_atomically(path: Path, text: str) -> None:
     """Write a text file so that a reader sees the old or the new one, never half of it."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
+    with replaced_file(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 def file_sha256(path: Path) -> str:

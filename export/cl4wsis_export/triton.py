@@ -17,7 +17,7 @@ from cl4wsis.bundle import LABELS_FILE, Bundle, TensorInfo, VariantInfo
 from cl4wsis.engines import FoundEngine
 from cl4wsis.errors import BundleError
 from cl4wsis.folders import replaced_folder
-from cl4wsis.images import read_image
+from cl4wsis.images import read_image, write_bytes_atomically
 
 CONFIG_FILE = "config.pbtxt"
 WARMUP_FOLDER = "warmup"
@@ -91,11 +91,11 @@ def write_repository(
         (folder / WARMUP_FOLDER).mkdir(parents=True, exist_ok=True)
         if is_highest:
             for file, content in warmup.items():
-                _write(folder / WARMUP_FOLDER / f"{manifest.step}-{file}", content)
-            _write(folder / LABELS_FILE, manifest.label_lines.encode())
+                write_bytes_atomically(folder / WARMUP_FOLDER / f"{manifest.step}-{file}", content)
+            write_bytes_atomically(folder / LABELS_FILE, manifest.label_lines.encode())
         _write_version(version, files)
         if is_highest:
-            _write(folder / CONFIG_FILE, config.encode())
+            write_bytes_atomically(folder / CONFIG_FILE, config.encode())
     except OSError as error:
         raise BundleError(f"{folder}: cannot be written: {error.strerror or error}") from error
     return folder
@@ -287,9 +287,3 @@ def _write_version(version: Path, files: Mapping[str, bytes]) -> None:
     with replaced_folder(version) as folder:
         for name, content in files.items():
             (folder / name).write_bytes(content)
-
-
-def _write(path: Path, content: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_bytes(content)
-    temporary.replace(path)

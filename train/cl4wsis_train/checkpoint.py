@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from cl4wsis.comparison import difference
 from cl4wsis.config import Settings
 from cl4wsis.errors import RunError
-from cl4wsis.folders import hold_folder
+from cl4wsis.folders import hold_folder, replaced_file
 from cl4wsis.steps import WEIGHTS_FILE, StepInfo, file_sha256, read_step
 from cl4wsis.tasks import Plan
 from cl4wsis_train.models.network import InstanceSegmenter
@@ -55,13 +55,13 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, 
     Raises:
         RunError: the file cannot be written.
     """
-    temporary = path.with_name(f".{path.name}.tmp")
+    contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     try:
-        temporary.touch()
-        mode = temporary.stat().st_mode  # safetensors leaves a file that its owner alone can read
-        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, temporary, metadata)
-        temporary.chmod(mode)
-        temporary.replace(path)
+        with replaced_file(path) as temporary:
+            temporary.touch()
+            mode = temporary.stat().st_mode  # safetensors leaves a file that its owner alone can read
+            save_file(contiguous, temporary, metadata)
+            temporary.chmod(mode)
     except (SafetensorError, OSError) as error:
         raise RunError(f"{path}: cannot be written: {error}") from error
 

@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from cl4wsis.errors import DataError
 from cl4wsis.steps import file_sha256
+from cl4wsis_train.checkpoint import save_tensors
 from cl4wsis_train.models.encoder import ENCODER_KEY, LEAKY_SUFFIX, WIDER_RESNET, create_feature_network, match_tensors
 
 IN_PLACE_EPSILON = 1e-5
@@ -60,6 +60,7 @@ def convert_encoder(source: Path, destination: Path) -> ConvertedEncoder:
 
     Raises:
         DataError: the file cannot be read, or does not hold one of the known encoders.
+        RunError: the destination cannot be written.
     """
     if destination.suffix != ".safetensors":
         raise DataError(f"{destination}: the name of the converted weights must end in .safetensors")
@@ -69,9 +70,7 @@ def convert_encoder(source: Path, destination: Path) -> ConvertedEncoder:
         raise DataError(f"{source}: {error}") from error
     metadata = {ENCODER_KEY: name, "source_sha256": file_sha256(source)}
     destination.parent.mkdir(parents=True, exist_ok=True)
-    temporary = destination.with_name(f".{destination.name}.tmp")
-    save_file({key: tensor.contiguous() for key, tensor in state.items()}, temporary, metadata)
-    temporary.replace(destination)
+    save_tensors(destination, state, metadata)
     learned = sum(tensor.numel() for key, tensor in state.items() if "running" not in key)
     return ConvertedEncoder(name, destination, len(state), learned)
 
