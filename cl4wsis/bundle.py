@@ -242,11 +242,6 @@ class Bundle:
     path: Path
     manifest: Manifest
 
-    @property
-    def model(self) -> Path:
-        """The ONNX graph."""
-        return self.path if self.path.is_file() else self.path / MODEL_FILE
-
     def variant(self, precision: Precision = "float32", post: Post = "graph") -> VariantInfo:
         """Choose one of the graphs.
 

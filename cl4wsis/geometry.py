@@ -2,10 +2,9 @@
 
 The image is scaled by one factor so that it just fits, laid into the upper left corner and padded right and below.
 
-Convention. Pixel ``i`` covers the interval [i, i + 1) and its center lies at i + 0.5 (half-pixel convention). Boxes are
-intervals, so they scale as they stand. Points are pixel indices, (y, x), so a point ``p`` becomes
-``(p + 0.5) * scale - 0.5``. Maps of ids are sampled where pixel centers fall, in integer arithmetic without rounding
-errors: pixel ``i`` of ``n`` reads pixel ``floor((i + 0.5) * m / n)`` of ``m``.
+Convention. Pixel ``i`` covers the interval [i, i + 1) and its center lies at i + 0.5 (half-pixel convention). Maps
+of ids are sampled where pixel centers fall, in integer arithmetic without rounding errors: pixel ``i`` of ``n`` reads
+pixel ``floor((i + 0.5) * m / n)`` of ``m``.
 """
 
 from collections.abc import Sequence
@@ -83,14 +82,6 @@ class FitTransform:
         )
         return frame
 
-    def fit_points(self, points: NDArray[Any]) -> NDArray[np.float64]:
-        """Move (N, 2) points (y, x) from the source to the frame."""
-        return (np.asarray(points, np.float64) + 0.5) * self.scale - 0.5
-
-    def fit_boxes(self, boxes: NDArray[Any]) -> NDArray[np.float64]:
-        """Move (N, 4) boxes xyxy from the source to the frame."""
-        return np.asarray(boxes, np.float64) * (*self.scale[::-1], *self.scale[::-1])
-
     def restore_ids(self, instance_ids: NDArray[Any]) -> NDArray[Any]:
         """Bring an (H, W) id map of the frame back to (h, w) source pixels.
 
@@ -99,16 +90,6 @@ class FitTransform:
         self._check(instance_ids.shape, self.frame_size, "id map")
         content = instance_ids[: self.content_size[0], : self.content_size[1]]
         return _sample(content, self.content_size, self.source_size)
-
-    def restore_points(self, points: NDArray[Any]) -> NDArray[np.float64]:
-        """Move (N, 2) points (y, x) from the frame back to the source."""
-        return (np.asarray(points, np.float64) + 0.5) / self.scale - 0.5
-
-    def restore_boxes(self, boxes: NDArray[Any]) -> NDArray[np.float64]:
-        """Move (N, 4) boxes xyxy from the frame back to the source, cut off at its edges."""
-        height, width = self.source_size
-        restored = np.asarray(boxes, np.float64) / (*self.scale[::-1], *self.scale[::-1])
-        return np.clip(restored, 0, (width, height, width, height))
 
     @staticmethod
     def _check(found: tuple[int, ...], expected: tuple[int, int], name: str) -> None:

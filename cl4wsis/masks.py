@@ -1,6 +1,5 @@
 """Masks in their four forms: id map, boolean stack, run-length code (RLE), polygons. pycocotools does the work."""
 
-from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -13,19 +12,6 @@ from cl4wsis.runs import find_runs
 _FARTHEST_POINT = 10  # image sizes; a polygon that reaches farther is a mistake
 _SHORTEST_POLYGON = 6  # numbers, those of a triangle; what has fewer covers nothing
 _LONGEST_NUMBER = 7  # characters of a number in compressed RLE; 35 bits
-
-
-def rle_from_masks(masks: NDArray[np.bool_]) -> list[dict[str, Any]]:
-    """Encode masks as COCO compressed RLE.
-
-    Args:
-        masks: (N, H, W) bool.
-
-    Returns:
-        N dicts with ``size`` [H, W] and ``counts`` as text, ready for JSON.
-    """
-    encoded = coco_mask.encode(np.asfortranarray(masks.transpose(1, 2, 0).astype(np.uint8))) if len(masks) else []
-    return [{"size": list(rle["size"]), "counts": rle["counts"].decode("ascii")} for rle in encoded]
 
 
 def rle_from_ids(instance_ids: NDArray[Any], count: int) -> list[dict[str, Any]]:
@@ -136,16 +122,3 @@ def _runs_of(counts: str | bytes) -> NDArray[np.int64]:
     for first in (1, 2):
         numbers[first::2] = np.cumsum(numbers[first::2])
     return numbers
-
-
-def mask_iou(predictions: Sequence[dict[str, Any]], ground_truths: Sequence[dict[str, Any]]) -> NDArray[np.float64]:
-    """Compute intersection over union of RLE masks of one image.
-
-    Returns:
-        (P, G) for P predictions and G ground truths.
-    """
-    if not predictions or not ground_truths:
-        return np.zeros((len(predictions), len(ground_truths)))
-    crowd = [0] * len(ground_truths)
-    overlap: NDArray[np.float64] = coco_mask.iou(list(predictions), list(ground_truths), crowd)
-    return overlap

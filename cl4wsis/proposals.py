@@ -18,7 +18,7 @@ from pycocotools import mask as coco_mask
 from pydantic import AliasChoices, BaseModel, Field, TypeAdapter, ValidationError
 
 from cl4wsis.errors import DataError
-from cl4wsis.masks import mask_from_segmentation, rle_from_segmentation
+from cl4wsis.masks import rle_from_segmentation
 
 
 class _Proposal(BaseModel):
@@ -47,13 +47,6 @@ class Proposals:
 
     def __len__(self) -> int:
         return len(self.rles)
-
-    def masks(self) -> NDArray[np.bool_]:
-        """Decode all masks: (N, H, W) bool. This takes N full images; ``id_map`` takes one."""
-        masks = np.zeros((len(self), self.height, self.width), np.bool_)
-        for index, rle in enumerate(self.rles):
-            masks[index] = mask_from_segmentation(rle, self.height, self.width)
-        return masks
 
     def id_map(self) -> NDArray[np.int32]:
         """Draw the proposals into one map: (H, W) int32, 0 none, ``i + 1`` the i-th proposal.

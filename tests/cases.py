@@ -1,9 +1,11 @@
 """Generated inputs shared by the tests of every package."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from pycocotools import mask as coco_mask
 
 FloatMap = NDArray[np.float32]
 
@@ -183,3 +185,9 @@ def connected_parts(mask: NDArray[np.bool_], connectivity: int) -> list[list[tup
         if part:
             parts.append(sorted(part))
     return parts
+
+
+def encoded_mask(mask: NDArray[np.bool_]) -> dict[str, Any]:
+    """Encode an (H, W) mask as COCO compressed RLE, with the text that JSON holds."""
+    rle = coco_mask.encode(np.asfortranarray(mask.astype(np.uint8)))
+    return {"size": list(rle["size"]), "counts": rle["counts"].decode("ascii")}

@@ -2,13 +2,13 @@ import json
 
 import numpy as np
 import pytest
+from cases import encoded_mask
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
-from pycocotools import mask as coco_mask
 
 from cl4wsis.instances import Instances, boxes_from_ids
-from cl4wsis.masks import mask_from_segmentation, mask_iou, rle_from_ids, rle_from_masks
+from cl4wsis.masks import mask_from_segmentation, rle_from_ids
 
 ID_MAPS = hnp.arrays(np.int32, hnp.array_shapes(min_dims=2, max_dims=2, max_side=12), elements=st.integers(0, 4))
 
@@ -113,13 +113,12 @@ def test_coco_results_hold_masks_boxes_and_categories():
 def test_run_lengths_of_ids_and_masks_agree_and_decode(ids):
     masks = Instances.from_ids(ids, [0] * 4, [0.0] * 4).masks()
     rles = rle_from_ids(ids, 4)
-    assert rles == rle_from_masks(masks)
+    assert rles == [encoded_mask(mask) for mask in masks]
     for rle, mask in zip(rles, masks, strict=True):
         np.testing.assert_array_equal(mask_from_segmentation(rle, *ids.shape), mask)
 
 
 def test_no_masks_have_no_run_lengths():
-    assert rle_from_masks(np.zeros((0, 3, 4), bool)) == []
     assert rle_from_ids(np.zeros((3, 4), np.int32), 0) == []
 
 
@@ -142,12 +141,3 @@ def test_segmentation_without_a_shape_is_refused(segmentation):
 def test_segmentation_of_another_size_is_refused():
     with pytest.raises(ValueError, match=r"size \[3, 4\] in an image of size \[5, 5\]"):
         mask_from_segmentation(rle_from_ids(EXAMPLE.instance_ids, 1)[0], 5, 5)
-
-
-def test_mask_iou():
-    rles = rle_from_ids(grid("1122", "1122"), 2)
-    wide = rle_from_ids(grid("1111", "1111"), 1)
-    np.testing.assert_allclose(mask_iou(rles, [*rles, *wide]), [[1, 0, 0.5], [0, 1, 0.5]])
-    assert mask_iou([], rles).shape == (0, 2)
-    assert mask_iou(rles, []).shape == (2, 0)
-    assert coco_mask.area(rles).tolist() == [4, 4]

@@ -4,10 +4,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from cases import encoded_mask
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cl4wsis.masks import mask_from_segmentation, rle_from_masks
+from cl4wsis.masks import mask_from_segmentation
 
 HEIGHT, WIDTH = 3, 4
 # Column-major: one pixel of background, five of foreground, six of background.
@@ -32,15 +33,13 @@ def test_run_lengths_are_read_column_by_column(counts: Any) -> None:
 @settings(max_examples=60, deadline=None)
 def test_compressed_masks_survive(height: int, width: int, share: float, seed: int) -> None:
     mask = np.random.default_rng(seed).random((height, width)) < share
-    (rle,) = rle_from_masks(mask[None])
-    np.testing.assert_array_equal(mask_from_segmentation(rle, height, width), mask)
+    np.testing.assert_array_equal(mask_from_segmentation(encoded_mask(mask), height, width), mask)
 
 
 def test_large_masks_with_long_runs_survive() -> None:
     mask = np.zeros((900, 1200), bool)
     mask[:, 500:] = True
-    (rle,) = rle_from_masks(mask[None])
-    np.testing.assert_array_equal(mask_from_segmentation(rle, 900, 1200), mask)
+    np.testing.assert_array_equal(mask_from_segmentation(encoded_mask(mask), 900, 1200), mask)
 
 
 @pytest.mark.parametrize(

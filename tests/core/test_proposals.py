@@ -6,10 +6,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from cases import encoded_mask
 
 from cl4wsis.errors import DataError
-from cl4wsis.masks import rle_from_masks
-from cl4wsis.proposals import proposal_file, read_proposals
+from cl4wsis.masks import mask_from_segmentation
+from cl4wsis.proposals import Proposals, proposal_file, read_proposals
 
 HEIGHT, WIDTH = 5, 8
 
@@ -20,10 +21,14 @@ def mask(left: int, top: int, right: int, bottom: int) -> np.ndarray:
     return drawn
 
 
+def masks_of(proposals: Proposals) -> list[np.ndarray]:
+    return [mask_from_segmentation(rle, HEIGHT, WIDTH) for rle in proposals.rles]
+
+
 def write(folder: Path, name: str, *proposals: tuple[np.ndarray, float]) -> None:
     path = folder / name
     path.parent.mkdir(parents=True, exist_ok=True)
-    rles = [rle_from_masks(drawn[None])[0] for drawn, _ in proposals]
+    rles = [encoded_mask(drawn) for drawn, _ in proposals]
     scores = [score for _, score in proposals]
     path.write_text(json.dumps([{"segmentation": r, "score": s} for r, s in zip(rles, scores, strict=True)]))
 
@@ -55,14 +60,13 @@ def test_of_equal_proposals_the_better_one_shows(tmp_path: Path) -> None:
 def test_masks_keep_their_overlaps(tmp_path: Path) -> None:
     drawn = [mask(0, 0, 6, 4), mask(4, 1, 7, 3)]
     write(tmp_path, "a.json", *((m, 1.0) for m in drawn))
-    np.testing.assert_array_equal(read_proposals(tmp_path, "a.jpg", HEIGHT, WIDTH).masks(), drawn)
+    np.testing.assert_array_equal(masks_of(read_proposals(tmp_path, "a.jpg", HEIGHT, WIDTH)), drawn)
 
 
 def test_nothing_proposed_is_an_empty_map(tmp_path: Path) -> None:
     write(tmp_path, "a.json")
     proposals = read_proposals(tmp_path, "a.jpg", HEIGHT, WIDTH)
     assert len(proposals) == 0
-    assert proposals.masks().shape == (0, HEIGHT, WIDTH)
     assert not proposals.id_map().any()
 
 
@@ -79,7 +83,7 @@ def test_polygons_counts_and_scores_of_other_tools_are_read(tmp_path: Path) -> N
     ]
     (tmp_path / "a.json").write_text(json.dumps(found))
     proposals = read_proposals(tmp_path, "a.jpg", HEIGHT, WIDTH)
-    np.testing.assert_array_equal(proposals.masks(), [mask(0, 0, 1, HEIGHT), mask(3, 0, 6, 2)])
+    np.testing.assert_array_equal(masks_of(proposals), [mask(0, 0, 1, HEIGHT), mask(3, 0, 6, 2)])
     np.testing.assert_allclose(proposals.scores, [0.25, 0.5])
 
 

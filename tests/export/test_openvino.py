@@ -51,7 +51,7 @@ def test_a_place_that_cannot_be_is_named(tmp_path: Path) -> None:
 def test_a_model_that_answers_otherwise_is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The conversion is handed another graph: one in which red and blue have changed places."""
     bundle = open_bundle(write_color_bundle(tmp_path / "x.cl4wsis", num_golden=1))
-    graph = load(bundle.model)
+    graph = load(bundle.path_of(bundle.variant()))
     swapped = [helper.make_tensor("slot_labels", 6, [1, 4], [1, 0, 0, 0])]
     kept = [value for value in graph.graph.initializer if value.name != "slot_labels"]
     del graph.graph.initializer[:]

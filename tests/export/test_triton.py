@@ -73,7 +73,7 @@ def test_a_step_is_served_as_the_next_version(tmp_path: Path) -> None:
     bundle = open_bundle(write_color_bundle(tmp_path / "x.cl4wsis", num_golden=2))
     folder = write_repository(bundle, bundle.variant(), tmp_path / "repository")
     assert folder == tmp_path / "repository" / "colors"
-    assert (folder / "2" / "model.onnx").read_bytes() == bundle.model.read_bytes()
+    assert (folder / "2" / "model.onnx").read_bytes() == bundle.path_of(bundle.variant()).read_bytes()
     assert (folder / "labels.txt").read_text() == "red\nblue\n"
     config = parse((folder / "config.pbtxt").read_text())
     assert config["name"] == ["colors"]
@@ -126,7 +126,7 @@ def test_an_earlier_step_leaves_class_names_and_configuration_of_a_later_one(tmp
     folder = write_repository(later, later.variant(), tmp_path / "repository")
     shared = {name: (folder / name).read_bytes() for name in ("config.pbtxt", "labels.txt")}
     write_repository(earlier, earlier.variant(), tmp_path / "repository")
-    assert (folder / "2" / "model.onnx").read_bytes() == earlier.model.read_bytes()
+    assert (folder / "2" / "model.onnx").read_bytes() == earlier.path_of(earlier.variant()).read_bytes()
     assert {name: (folder / name).read_bytes() for name in shared} == shared
     write_repository(later, later.variant(), tmp_path / "repository")
     assert {name: (folder / name).read_bytes() for name in shared} == shared

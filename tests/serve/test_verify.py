@@ -38,7 +38,7 @@ def path(tmp_path: Path) -> Path:
 def add_variant(path: Path, precision: str, threshold: int) -> None:
     """Give a bundle a variant whose graph finds other areas, as a bad quantisation would."""
     bundle = open_bundle(path)
-    model = onnx.load(bundle.model)
+    model = onnx.load(bundle.path_of(bundle.variant()))
     next(v for v in model.graph.initializer if v.name == "threshold").CopyFrom(
         onnx.numpy_helper.from_array(np.uint8(threshold), "threshold")
     )
