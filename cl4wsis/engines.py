@@ -47,15 +47,15 @@ class Machine:
     """What an engine depends on beside the runtime.
 
     Attributes:
-        gpu: name of the GPU; none where there is none.
+        gpu: name of the GPU.
         compute_capability: of the GPU, such as ``8.6``.
         driver: version of its driver.
         platform: operating system and processor, such as ``linux-x86_64``.
     """
 
-    gpu: str | None
-    compute_capability: str | None
-    driver: str | None
+    gpu: str
+    compute_capability: str
+    driver: str
     platform: str
 
 
@@ -98,21 +98,13 @@ class _CachedEngine(Settings):
     sha256: str
 
 
-def find_machine(needs_gpu: bool = True) -> Machine:
+def find_machine() -> Machine:
     """Describe this machine, with the GPU that CUDA would use first.
-
-    Args:
-        needs_gpu: whether a machine without a GPU is an error.
 
     Raises:
         BackendError: cuda-python is missing, or CUDA finds no GPU; the message says why.
     """
-    try:
-        gpu, capability = _first_gpu()
-    except BackendError:
-        if needs_gpu:
-            raise
-        return Machine(None, None, None, platform_name())
+    gpu, capability = _first_gpu()
     return Machine(gpu, capability, _driver_version(), platform_name())
 
 
@@ -277,7 +269,7 @@ def find_engine(bundle: Bundle, variant: VariantInfo, runtime: str, version: str
         reasons.append(f"{found.path.name} {reason}")
     command = f"cl4wsis export --format {FORMATS[runtime]} --from {bundle.path}"
     command += "" if variant.precision == "float32" else f" --precision {PRECISION_OPTIONS[variant.precision]}"
-    if runtime == "tensorrt-rtx" and machine.compute_capability:
+    if runtime == "tensorrt-rtx":
         command += f" --compute-capability {machine.compute_capability}"
     held = "; ".join(reasons) or f"none was built of its {variant.precision} graph with post={variant.post}"
     way_out = f"build one here: {command}" if variant.post == "graph" else "engines hold the grouping: use --post graph"
@@ -342,7 +334,7 @@ def _driver_version() -> str:
 
 def _why_other_gpu(info: EngineInfo, machine: Machine) -> str | None:
     if info.hardware_level == "ampere-plus":
-        if _numbers(machine.compute_capability or "0") >= (8, 0):
+        if _numbers(machine.compute_capability) >= (8, 0):
             return None
         return f"is for GPUs from Ampere on, but {machine.gpu} has compute capability {machine.compute_capability}"
     if info.hardware_level == "same-compute-capability":

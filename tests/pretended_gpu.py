@@ -12,6 +12,9 @@ from typing import Any
 import numpy as np
 from bundles import SIZE, SLOTS, color_answer
 
+from cl4wsis.engines import find_machine
+from cl4wsis.errors import BackendError
+
 OK = 0
 OUT_OF_MEMORY = 2
 
@@ -24,6 +27,15 @@ _TENSORS = {
     "boxes": ("FLOAT", (SLOTS, 4)),
 }
 _NUMPY = {"UINT8": np.uint8, "INT32": np.int32, "FLOAT": np.float32}
+
+
+def has_gpu() -> bool:
+    """Tell whether there is a real GPU that CUDA can use."""
+    try:
+        find_machine()
+    except BackendError:
+        return False
+    return True
 
 
 class PretendedCuda:

@@ -150,7 +150,9 @@ def check_version(library: Library, version: str) -> None:
         )
 
 
-def describe_engine(library: Library, trt: Any, graph_sha256: str, spec: EngineSpec, machine: Machine) -> EngineInfo:
+def describe_engine(
+    library: Library, trt: Any, graph_sha256: str, spec: EngineSpec, machine: Machine | None
+) -> EngineInfo:
     """Describe an engine that is to be built.
 
     Args:
@@ -158,21 +160,19 @@ def describe_engine(library: Library, trt: Any, graph_sha256: str, spec: EngineS
         trt: its module.
         graph_sha256: of the graph.
         spec: settings.
-        machine: this one; its GPU counts if the library builds for it.
+        machine: this one, if the library builds for its GPU alone.
     """
-    own = library.needs_gpu
-    capabilities = (machine.compute_capability or "",) if own else spec.compute_capabilities
     return EngineInfo(
         file="engines/none",
         runtime=f"{library.name} {trt.__version__}",
-        compute_capabilities=capabilities,
+        compute_capabilities=(machine.compute_capability,) if machine else spec.compute_capabilities,
         min_batch=spec.min_batch,
         opt_batch=spec.opt_batch,
         max_batch=spec.max_batch,
         graph_sha256=graph_sha256,
-        gpu=machine.gpu if own else None,
-        driver=machine.driver if own else None,
-        platform=machine.platform if own else "",  # those of TensorRT-RTX run on Linux and Windows alike
+        gpu=machine.gpu if machine else None,
+        driver=machine.driver if machine else None,
+        platform=machine.platform if machine else "",  # those of TensorRT-RTX run on Linux and Windows alike
         hardware_level=spec.hardware_level,
         version_compatible=spec.version_compatible,
         refittable=spec.refittable,

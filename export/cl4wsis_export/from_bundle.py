@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from cl4wsis.bundle import Bundle, Post, Precision, VariantInfo, open_bundle
-from cl4wsis.engines import FoundEngine, Machine, add_engine, find_built, find_machine, graph_sha256
+from cl4wsis.engines import FoundEngine, Machine, add_engine, find_built, graph_sha256
 from cl4wsis.errors import BackendError
 from cl4wsis_export.engines import (
     TENSORRT_RTX,
@@ -63,9 +63,9 @@ def add_engines(
     return [_add(bundle, variant, library, trt, machine, spec, in_cache, refit_from, progress) for variant in variants]
 
 
-def _prepare(library: Library, bundle: Bundle, spec: EngineSpec) -> tuple[Any, Machine]:
+def _prepare(library: Library, bundle: Bundle, spec: EngineSpec) -> tuple[Any, Machine | None]:
     if library is TENSORRT_RTX:
-        return load_library(library), find_machine(needs_gpu=False)
+        return load_library(library), None
     return require_tensorrt(bundle.manifest.input.size, spec)
 
 
@@ -74,7 +74,7 @@ def _add(
     variant: VariantInfo,
     library: Library,
     trt: Any,
-    machine: Machine,
+    machine: Machine | None,
     spec: EngineSpec,
     in_cache: bool,
     refit_from: Path | None,
@@ -99,11 +99,11 @@ def _build(
     variant: VariantInfo,
     library: Library,
     trt: Any,
-    machine: Machine,
+    machine: Machine | None,
     spec: EngineSpec,
     progress: Progress | None,
 ) -> tuple[bytes, dict[str, int]]:
-    cache = None if library is TENSORRT_RTX else timing_cache_path(trt.__version__, machine)
+    cache = timing_cache_path(trt.__version__, machine) if machine else None
     measured = None if cache is None else read_timing_cache(cache)
     built = build_engine(library, trt, graph, spec, variant.types, measured, progress)
     if cache is not None and built.timing_cache is not None:
@@ -116,7 +116,13 @@ def _build(
 
 
 def _refit(
-    old: Bundle, new: Bundle, variant: VariantInfo, library: Library, trt: Any, machine: Machine, spec: EngineSpec
+    old: Bundle,
+    new: Bundle,
+    variant: VariantInfo,
+    library: Library,
+    trt: Any,
+    machine: Machine | None,
+    spec: EngineSpec,
 ) -> bytes:
     """Put the weights of a graph into the engine that the other bundle has of the same graph."""
     other = check_refit(old, new, variant)

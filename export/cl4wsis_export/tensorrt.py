@@ -57,7 +57,7 @@ def trtexec_command(input_size: tuple[int, int], spec: EngineSpec) -> str:
 
 def timing_cache_path(version: str, machine: Machine) -> Path:
     """Return where the measurements of builds on this machine lie: times are of one GPU and one TensorRT."""
-    gpu = re.sub(r"[^a-z0-9]+", "-", (machine.gpu or "none").lower()).strip("-")
+    gpu = re.sub(r"[^a-z0-9]+", "-", machine.gpu.lower()).strip("-")
     return cache_folder() / "timing" / f"tensorrt-{version}-{gpu}.cache"
 
 

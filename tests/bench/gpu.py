@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from cost import GraphCost, count_cost
 
 from cl4wsis.bundle import Bundle, Precision, open_bundle
-from cl4wsis.engines import check_cuda, cuda_runtime, find_machine
+from cl4wsis.engines import check_cuda, cuda_runtime, find_machine, platform_name
 from cl4wsis.errors import Cl4wsisError
 from cl4wsis.images import read_image
 from cl4wsis_export.engines import TENSORRT, TENSORRT_RTX, EngineSpec
@@ -59,7 +59,7 @@ def device_peaks(options: argparse.Namespace) -> tuple[dict[str, float], float]:
         return int(check_cuda(runtime, runtime.cudaDeviceGetAttribute(attribute, 0), f"ask for {name}"))
 
     clock = 1e3 * ask("ClockRate") * ask("MultiProcessorCount")
-    rates = MULTIPLY_ADDS.get(machine.compute_capability or "")
+    rates = MULTIPLY_ADDS.get(machine.compute_capability)
     bandwidth = 2 * 1e3 * ask("MemoryClockRate") * ask("GlobalMemoryBusWidth") / 8
     if rates is None or not clock or not bandwidth:
         sys.exit(f"the peaks of {machine.gpu} are not known here; give --peak-fp32, -fp16, -int8 and --peak-bandwidth")
@@ -198,8 +198,8 @@ def main() -> None:
     bundle = open_bundle(options.bundle)
     precisions = list(dict.fromkeys(variant.precision for variant in bundle.manifest.variants))
     on_gpu = not options.dry_run and any(device_of(name) == "cuda" for name in options.backends)
-    machine = find_machine(needs_gpu=on_gpu)
-    print(f"{bundle.manifest.name}, {machine}, load {os.getloadavg()[0]:.1f}")
+    machine = vars(find_machine()) if on_gpu else {"gpu": None, "platform": platform_name()}
+    print(f"{bundle.manifest.name}, {', '.join(map(str, machine.values()))}, load {os.getloadavg()[0]:.1f}")
     tables = {"Counted from the graphs": count(bundle, precisions, options.batches)}
     print_rows(*next(iter(tables.items())))
     if options.dry_run or "tensorrt" in options.backends:
@@ -213,7 +213,7 @@ def main() -> None:
         tables["Measured"] = measure(bundle, precisions, options)
         print_rows("Measured", tables["Measured"])
     if options.out is not None:
-        options.out.write_text(json.dumps({"machine": vars(machine), **tables}, indent=1) + "\n", encoding="utf-8")
+        options.out.write_text(json.dumps({"machine": machine, **tables}, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -6,12 +6,13 @@ from pathlib import Path
 import pytest
 import typer
 from bundles import write_color_bundle
+from pretended_gpu import has_gpu
 from typed import write_typed_bundle
 from typer.testing import CliRunner, Result
 
 from cl4wsis.bundle import EngineInfo, open_bundle
 from cl4wsis.cli.export import export
-from cl4wsis.engines import CACHE_VARIABLE, add_engine, find_machine, graph_sha256
+from cl4wsis.engines import CACHE_VARIABLE, add_engine, graph_sha256
 from cl4wsis.errors import BackendError, BundleError, ConfigError
 
 
@@ -135,9 +136,8 @@ def test_a_missing_bundle_is_explained(tmp_path: Path) -> None:
     assert "does not exist" in str(answer.exception)
 
 
+@pytest.mark.skipif(has_gpu(), reason="a GPU is there")
 def test_tensorrt_without_a_gpu_names_every_way_out(tmp_path: Path) -> None:
-    if find_machine(needs_gpu=False).gpu is not None:
-        pytest.skip("a GPU is there")
     path = write_color_bundle(tmp_path / "x.cl4wsis")
     answer = call("--from", path, "--format", "trt", "--max-batch", 2)
     assert isinstance(answer.exception, BackendError)

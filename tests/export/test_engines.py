@@ -309,7 +309,7 @@ def test_the_key_tells_builds_apart() -> None:
     info = describe_engine(TENSORRT, tensorrt_rtx, "ab" * 32, spec, machine)
     assert (info.gpu, info.compute_capabilities, info.driver) == ("NVIDIA A10", ("8.6",), "580.1 (CUDA 13.0)")
     assert (info.workspace_mib, info.hardware_level, info.version_compatible) == (512, "ampere-plus", True)
-    rtx = describe_engine(TENSORRT_RTX, tensorrt_rtx, "ab" * 32, SPEC, machine)
+    rtx = describe_engine(TENSORRT_RTX, tensorrt_rtx, "ab" * 32, SPEC, None)
     assert (rtx.gpu, rtx.driver, rtx.platform, rtx.compute_capabilities) == (None, None, "", ("8.6",))
 
 

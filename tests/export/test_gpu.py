@@ -39,7 +39,7 @@ def test_the_gpu_answers_as_the_cpu(bundle_path: Path, name: str) -> None:
     if name.startswith("tensorrt"):
         library = TENSORRT if name == "tensorrt" else TENSORRT_RTX
         capability = find_machine().compute_capability
-        targets = () if library is TENSORRT or capability is None else (capability,)
+        targets = () if library is TENSORRT else (capability,)
         add_engines(
             bundle_path, library, ["float32"], EngineSpec(max_batch=4, compute_capabilities=targets), in_cache=True
         )
