@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pydantic import Field
 
 from cl4wsis.config import Settings
+from cl4wsis.metrics import GroupMeans
 
 
 class Limits(Settings):
@@ -81,14 +82,6 @@ def _stated(limit: float, judged: float, instances: int) -> str:
     return f"limit {limit:.2%}" + ("" if judged == limit else f", for {instances} instances {judged:.2%}")
 
 
-class GroupValues(Settings):
-    """A measure over classes of earlier steps, classes the step added, and all of them; None without ground truth."""
-
-    old: float | None
-    new: float | None
-    all: float | None
-
-
 class VariantCheck(Settings):
     """How one graph answered on one backend, compared with ``model.onnx`` on the CPU of the same machine."""
 
@@ -103,9 +96,9 @@ class VariantCheck(Settings):
     """The golden inputs against the outputs stored for them; none if the bundle has no golden inputs."""
     agreement: Agreement | None
     """The images against the answers of the float32 graph; none where the graph could not be run on them."""
-    ap50: GroupValues | None
+    ap50: GroupMeans | None
     """AP50 on the images, VOC style; none where their objects are not known."""
-    ap50_reference: GroupValues | None
+    ap50_reference: GroupMeans | None
     """AP50 of the float32 graph on the same images."""
     limits: Limits
     problems: tuple[str, ...]

@@ -236,7 +236,7 @@ class Evaluation:
         the same images, depends on which images there are (bootstrap, Efron 1979).
         """
         chosen = [self._matches[index] for index in images]
-        return _group_means(_voc_average_precision(chosen, self.split.num_classes, (0.5,))[:, 0], self.split)
+        return group_means(_voc_average_precision(chosen, self.split.num_classes, (0.5,))[:, 0], self.split)
 
     def report(self) -> EvaluationReport:
         """Return what was measured on the images so far."""
@@ -249,8 +249,8 @@ class Evaluation:
             "coco_ap": _coco_average_precision(self._images, num_classes).mean(axis=1),
         }
         iou, mean_of_all = mean_iou(self._confusion)
-        groups = {name: _group_means(values, split) for name, values in columns.items()}
-        groups["iou"] = _group_means(iou[1:], split).model_copy(update={"all": _number(mean_of_all)})
+        groups = {name: group_means(values, split) for name, values in columns.items()}
+        groups["iou"] = group_means(iou[1:], split).model_copy(update={"all": _number(mean_of_all)})
         counts = np.bincount(_objects_by_label(self._matches), minlength=num_classes)
         classes = tuple(
             ClassMetrics(
@@ -269,6 +269,15 @@ class Evaluation:
             background_iou=_number(iou[0]),
             **groups,
         )
+
+
+def group_means(values: FloatArray, split: ClassSplit) -> GroupMeans:
+    """Return the means of one value per class, (C,), over the classes of a step's split."""
+    return GroupMeans(
+        old=_number(_mean(values[split.center_old])),
+        new=_number(_mean(values[split.center_new])),
+        all=_number(_mean(values)),
+    )
 
 
 def forgetting(reports: Mapping[int, EvaluationReport]) -> ForgettingReport:
@@ -431,14 +440,6 @@ def _coco_index(images: Sequence[_CocoImage], annotations: Sequence[list[dict[st
     }
     data.createIndex()
     return data
-
-
-def _group_means(values: FloatArray, split: ClassSplit) -> GroupMeans:
-    return GroupMeans(
-        old=_number(_mean(values[split.center_old])),
-        new=_number(_mean(values[split.center_new])),
-        all=_number(_mean(values)),
-    )
 
 
 def _mean(values: FloatArray) -> float:

@@ -9,7 +9,8 @@ from cl4wsis.cli.options import JsonOption, SetOption, ThreadsOption
 
 if TYPE_CHECKING:
     from cl4wsis.bundle import Bundle, Post, Precision
-    from cl4wsis.checks import GroupValues, VariantCheck
+    from cl4wsis.checks import VariantCheck
+    from cl4wsis.metrics import GroupMeans
     from cl4wsis_serve.verify import ImageSet, LadderResult
 
 
@@ -173,7 +174,7 @@ def _ap_columns(check: "VariantCheck") -> list[str | None]:
     return [_points(check.ap50, check.ap50_reference, group) for group in ("old", "new", "all")]
 
 
-def _points(found: "GroupValues | None", reference: "GroupValues | None", group: str) -> str | None:
+def _points(found: "GroupMeans | None", reference: "GroupMeans | None", group: str) -> str | None:
     """Write AP50 in percent, with the difference to the float32 graph in points."""
     value = getattr(found, group, None)
     expected = getattr(reference, group, None)

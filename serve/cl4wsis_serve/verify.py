@@ -19,13 +19,13 @@ from numpy.typing import NDArray
 from cl4wsis import __version__
 from cl4wsis.agreement import AgreementCounter
 from cl4wsis.bundle import Bundle, Manifest, Post, Precision, update_manifest
-from cl4wsis.checks import Agreement, GroupValues, Limits, VariantCheck, beyond_limits
+from cl4wsis.checks import Agreement, Limits, VariantCheck, beyond_limits
 from cl4wsis.datasets import load_evaluation_set
 from cl4wsis.engines import graph_sha256
 from cl4wsis.errors import BackendError
 from cl4wsis.images import read_image
 from cl4wsis.instances import Instances
-from cl4wsis.metrics import voc_average_precision
+from cl4wsis.metrics import GroupMeans, group_means, voc_average_precision
 from cl4wsis.tasks import ClassSplit, Plan
 from cl4wsis_serve.backends import backend_status
 from cl4wsis_serve.evaluate import check_plan
@@ -253,7 +253,7 @@ def _open(bundle: Bundle, choice: Choice, threads: int | None) -> Predictor:
 
 def _record_reference(
     bundle: Bundle, images: ImageSet, threads: int | None, report: Progress
-) -> tuple[list[_Answer], GroupValues | None]:
+) -> tuple[list[_Answer], GroupMeans | None]:
     predictor = _open(bundle, Choice("float32", "graph", REFERENCE_BACKEND), threads)
     recorded: list[_Answer] = []
 
@@ -274,12 +274,12 @@ def _climb(
     predictor: Predictor,
     images: ImageSet,
     reference: Sequence[_Answer],
-    reference_ap50: GroupValues | None,
+    reference_ap50: GroupMeans | None,
     report: Progress,
 ) -> VariantCheck:
     golden: Agreement | None = None
     agreement: Agreement | None = None
-    ap50: GroupValues | None = None
+    ap50: GroupMeans | None = None
     counter = AgreementCounter()
 
     def answers() -> Iterator[Instances]:
@@ -299,7 +299,7 @@ def _climb(
     return _check(bundle, choice, images, golden, agreement, ap50, reference_ap50, problems)
 
 
-def _measure(answers: Iterator[Instances], images: ImageSet) -> GroupValues | None:
+def _measure(answers: Iterator[Instances], images: ImageSet) -> GroupMeans | None:
     """Go through all answers, and judge them by the true objects where these are known."""
     if images.truth is None or images.split is None:
         for _ in answers:
@@ -307,14 +307,7 @@ def _measure(answers: Iterator[Instances], images: ImageSet) -> GroupValues | No
         return None
     truths = map(images.truth, range(images.size))
     values = voc_average_precision(answers, truths, images.split.num_classes, (0.5,))[:, 0]
-    return GroupValues(
-        old=_mean(values[images.split.center_old]), new=_mean(values[images.split.center_new]), all=_mean(values)
-    )
-
-
-def _mean(values: NDArray[np.float64]) -> float | None:
-    known = values[~np.isnan(values)]
-    return float(known.mean()) if len(known) else None
+    return group_means(values, images.split)
 
 
 def _check(
@@ -323,8 +316,8 @@ def _check(
     images: ImageSet,
     golden: Agreement | None,
     agreement: Agreement | None,
-    ap50: GroupValues | None,
-    reference_ap50: GroupValues | None,
+    ap50: GroupMeans | None,
+    reference_ap50: GroupMeans | None,
     failures: Sequence[str],
 ) -> VariantCheck:
     limits = bundle.manifest.limits_of(choice.precision)
@@ -350,8 +343,8 @@ def find_problems(
     limits: Limits,
     golden: Agreement | None,
     agreement: Agreement | None,
-    ap50: GroupValues | None,
-    reference_ap50: GroupValues | None,
+    ap50: GroupMeans | None,
+    reference_ap50: GroupMeans | None,
 ) -> list[str]:
     """Say what is beyond the limits, in words with figures; what was not measured is no problem."""
     problems = []

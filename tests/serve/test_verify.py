@@ -8,10 +8,11 @@ import pytest
 from bundles import RED, color_image, write_color_bundle
 
 from cl4wsis.bundle import open_bundle, update_manifest, write_bundle
-from cl4wsis.checks import Agreement, GroupValues, Limits
+from cl4wsis.checks import Agreement, Limits
 from cl4wsis.errors import BackendError, BundleError
 from cl4wsis.images import write_png
 from cl4wsis.instances import Instances
+from cl4wsis.metrics import GroupMeans
 from cl4wsis.tasks import ClassSplit
 from cl4wsis_serve import Predictor
 from cl4wsis_serve.selftest import golden_agreement, golden_cases, run_self_test
@@ -194,7 +195,7 @@ AGREED = Agreement(images=1, instances=900, differing_pixels=0.01, matched=0.9, 
     ],
 )
 def test_each_limit_is_judged(limits: Limits, expected: list[str]) -> None:
-    found, reference = GroupValues(old=0.5, new=0.25, all=0.4), GroupValues(old=None, new=0.3, all=0.4)
+    found, reference = GroupMeans(old=0.5, new=0.25, all=0.4), GroupMeans(old=None, new=0.3, all=0.4)
     assert find_problems(limits, AGREED, AGREED, found, reference) == expected
 
 
