@@ -15,7 +15,7 @@ from cases import GroupingScene, grouping_scene
 
 from cl4wsis.grouping import GroupingSpec, group_instances, group_maps
 from cl4wsis.instances import Instances
-from cl4wsis.masks import mask_iou, rle_from_ids
+from cl4wsis.metrics import overlap_matrix
 from cl4wsis_export.fused import MapGrouping
 from cl4wsis_export.graph import export_module, serialize
 from cl4wsis_export.grouping import GroupingOutput, StaticGrouping
@@ -122,9 +122,7 @@ def test_graph_agrees_with_the_reference(profile: str) -> None:
         maps = scene(profile, seed)
         reference = group_instances(maps.semantic_probs, maps.center_heatmap, maps.offset_map, SPECS[profile])
         found = instances_of(outputs, seed)
-        overlaps = mask_iou(
-            rle_from_ids(found.instance_ids, len(found)), rle_from_ids(reference.instance_ids, len(reference))
-        )
+        overlaps = overlap_matrix(found, reference)
         total += len(reference)
         matched += int(((overlaps > 0.99) & (found.labels[:, None] == reference.labels)).any(axis=0).sum())
         identical += np.array_equal(found.instance_ids, reference.instance_ids)

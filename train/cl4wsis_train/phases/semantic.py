@@ -37,6 +37,7 @@ from cl4wsis_train.pseudo.semantic import (
     random_dropout_mask,
     self_training_target,
     semantic_target,
+    with_background,
 )
 
 _FINE_STRIDE = 4  # of the refined target, as of the instance branch
@@ -139,7 +140,7 @@ class SemanticPhase(Phase):
         for batch in batches:
             images = self.network.normalize(batch.images)
             logits = self.network.forward_semantic(self.network.encoder(images)).float()  # (B, C, h, w)
-            tagged = _with_background(batch.image_labels)[:, :, None, None] > 0
+            tagged = with_background(batch.image_labels)[:, :, None, None] > 0
             own = logits.masked_fill(~tagged, -torch.inf)[:, new].amax(1)
             others = torch.cat(
                 [logits[:, self.split.semantic_old], logits[:, new].masked_fill(tagged[:, new], -torch.inf)], 1
@@ -163,7 +164,7 @@ class SemanticPhase(Phase):
         """
         features = self.network.encoder(self.network.normalize(batch.images))
         logits = self.network.semantic_branch(features).float()  # (B, C, h, w)
-        untagged = _with_background(batch.image_labels) == 0
+        untagged = with_background(batch.image_labels) == 0
         untagged[:, self.split.semantic_old] = False
         classes = logits.masked_fill(untagged[:, :, None, None], -torch.inf).argmax(1) - 1
         return features[-1], classes.masked_fill(classes < self.split.num_old_classes, NO_CLASS)
@@ -221,7 +222,7 @@ class SemanticPhase(Phase):
         """Silence old classes that an image does not hold, when its tags tell so."""
         if not self.all_seen_labels:
             return old_probs
-        present = _with_background(image_labels[:, self.split.center_old])
+        present = with_background(image_labels[:, self.split.center_old])
         return old_probs * present[:, :, None, None]
 
     def _tag_losses(self, cam_logits: Tensor, image_labels: Tensor) -> Losses:
@@ -285,12 +286,7 @@ def _build_peak_module(recipe: Recipe, split: ClassSplit) -> PeakAttention | Non
     return PeakAttention() if recipe.semantic.peak_module == "attention" else PeakGenerator(split.num_new_classes)
 
 
-def _with_background(image_labels: Tensor) -> Tensor:
-    """Put a column of ones for background in front of tags: (B, n) -> (B, n + 1)."""
-    return torch.cat([torch.ones_like(image_labels[:, :1]), image_labels], dim=1)
-
-
 def _is_present(classes: Tensor, image_labels: Tensor) -> Tensor:
     """Tell for each pixel's channel number (B, h, w) whether its image holds that class; background always is."""
-    present = _with_background(image_labels) > 0
+    present = with_background(image_labels) > 0
     return present.gather(1, classes.flatten(1)).view_as(classes)

@@ -23,6 +23,7 @@ from cl4wsis_train.pseudo.regions import (
     running_maximum,
     scale_window,
 )
+from cl4wsis_train.pseudo.semantic import with_background
 
 
 class SemanticMap(NamedTuple):
@@ -92,7 +93,7 @@ def semantic_map_from_logits(
         logits = logits.float()
         if flipped_logits is not None:
             logits = (logits + flipped_logits.float().flip(3)) / 2
-        allowed = torch.cat((torch.ones_like(image_labels[:, :1]), image_labels), dim=1) > 0  # (B, C)
+        allowed = with_background(image_labels) > 0  # (B, C)
         if not all_seen_labels:
             allowed[:, split.semantic_old] = True
         # One image at a time: C full-size maps are by far the largest tensors of the synthesis.

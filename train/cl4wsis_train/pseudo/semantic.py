@@ -19,6 +19,11 @@ FOREGROUND_THRESHOLD = 0.6
 LOWEST_THRESHOLD = 0.2
 
 
+def with_background(image_labels: Tensor) -> Tensor:
+    """Put a column of ones for background in front of tags: (..., n) -> (..., n + 1)."""
+    return F.pad(image_labels, (1, 0), value=1)
+
+
 def mask_by_labels(probs: Tensor, image_labels: Tensor) -> Tensor:
     """Set the classes that an image's tags do not name to 0; background stays, and nothing is normalised again.
 
@@ -29,8 +34,7 @@ def mask_by_labels(probs: Tensor, image_labels: Tensor) -> Tensor:
     Returns:
         (B, C, h, w).
     """
-    keep = torch.cat((torch.ones_like(image_labels[:, :1]), image_labels), dim=1)  # (B, C)
-    return probs * keep.to(probs.dtype)[:, :, None, None]
+    return probs * with_background(image_labels).to(probs.dtype)[:, :, None, None]
 
 
 def smooth_labels(probs: Tensor, alpha: float) -> Tensor:
@@ -131,7 +135,7 @@ def self_training_target(
     with torch.no_grad():
         probs = torch.softmax(cam_logits.float(), dim=1)
         # Channels do not influence each other, and those that no image holds are masked afterwards: leave them out.
-        held = torch.cat((torch.ones_like(image_labels[0, :1]), image_labels.amax(0))).nonzero()[:, 0]
+        held = with_background(image_labels.amax(0)).nonzero()[:, 0]
         masked = torch.zeros_like(probs)
         masked[:, held] = refinement(images, probs[:, held])
         masked = mask_by_labels(masked, image_labels)
