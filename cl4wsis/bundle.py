@@ -15,10 +15,10 @@ manifest under keys that begin with ``cl4wsis.``. So does every other variant, b
 
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Annotated, Any, BinaryIO, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, ValidationError
 
@@ -27,6 +27,7 @@ from cl4wsis.config import Settings
 from cl4wsis.errors import BundleError
 from cl4wsis.folders import lock_by_name, replaced_folder
 from cl4wsis.grouping import GroupingSpec
+from cl4wsis.protobuf import length_delimited
 from cl4wsis.steps import ClassInfo, InputRule, file_sha256, write_text_atomically
 
 FORMAT: Literal["cl4wsis-bundle/1"] = "cl4wsis-bundle/1"
@@ -50,7 +51,6 @@ Changes = Mapping[str, Any]
 
 _METADATA_PREFIX = "cl4wsis."
 _METADATA_FIELD = 14  # of ModelProto in onnx.proto
-_VARINT, _LENGTH_DELIMITED = 0, 2  # wire types of protobuf
 
 
 class TensorInfo(Settings):
@@ -345,9 +345,9 @@ def read_onnx_metadata(path: Path) -> dict[str, str]:
     try:
         with path.open("rb") as file:
             size = os.fstat(file.fileno()).st_size
-            for field, length in _length_delimited(file, size):
+            for field, length in length_delimited(file, size):
                 if field == _METADATA_FIELD:
-                    entry = {number: file.read(n).decode("utf-8") for number, n in _length_delimited(file, length)}
+                    entry = {number: file.read(n).decode("utf-8") for number, n in length_delimited(file, length)}
                     metadata[entry.get(1, "")] = entry.get(2, "")  # StringStringEntryProto: key = 1, value = 2
     except (OSError, ValueError) as error:
         raise BundleError(f"{path}: cannot be read as an ONNX graph ({error})") from error
@@ -555,37 +555,3 @@ def _check_files(bundle: Bundle) -> None:
                 f"{bundle.path / engine.file}: was built from another graph than those of this bundle; "
                 "build it again from this bundle"
             )
-
-
-def _length_delimited(file: BinaryIO, size: int) -> Iterator[tuple[int, int]]:
-    """Walk the fields of a protobuf message, leaving the file at the start of each field with a length.
-
-    Yields:
-        Number and length of the field; whatever the caller has not read of it is skipped.
-
-    Raises:
-        ValueError: these bytes are no message of varints and length-delimited fields.
-    """
-    end = file.tell() + size
-    while file.tell() < end:
-        tag, value = _read_varint(file), _read_varint(file)
-        field, wire_type = tag >> 3, tag & 7
-        if wire_type == _VARINT and field:
-            continue
-        after = file.tell() + value
-        if wire_type != _LENGTH_DELIMITED or not field or after > end:
-            raise ValueError(f"unexpected field {field} of type {wire_type}")
-        yield field, value
-        file.seek(after)
-
-
-def _read_varint(file: BinaryIO) -> int:
-    value = 0
-    for shift in range(0, 70, 7):
-        byte = file.read(1)
-        if not byte:
-            raise ValueError("unexpected end of file")
-        value |= (byte[0] & 0x7F) << shift
-        if byte[0] < 0x80:
-            return value
-    raise ValueError("a number is too long")

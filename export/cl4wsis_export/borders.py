@@ -8,18 +8,18 @@ ONNX calls that external data, and ONNX Runtime, OpenVINO and TensorRT read it i
 """
 
 from collections.abc import Iterator
-from hashlib import sha256
+from io import BytesIO
 
 import onnx_ir as ir
 from onnx_ir.passes import common
 
 from cl4wsis.errors import BundleError
+from cl4wsis.protobuf import length_delimited
 from cl4wsis_export.fused import MAP_NAMES
 
 _MIN_SHARED_BYTES = 1024
 """Smaller initializers, such as shapes and bounds, are stored twice: runtimes look into them while they load."""
 _GRAPH, _INITIALIZER, _NAME, _RAW_DATA = 7, 5, 8, 9  # fields of ModelProto, GraphProto and TensorProto in onnx.proto
-_VARINT, _FIXED64, _LENGTH_DELIMITED, _FIXED32 = 0, 1, 2, 5  # wire types of protobuf
 
 
 def network_graph(model: ir.Model) -> ir.Model:
@@ -91,7 +91,7 @@ def share_weights(network: ir.Model, whole: bytes, location: str) -> ir.Model:
             continue
         offset, length = places[name]
         content = tensor.tobytes()
-        if length != len(content) or sha256(whole[offset : offset + length]).digest() != sha256(content).digest():
+        if whole[offset : offset + length] != content:
             continue  # a value of that name was changed on one of the two sides
         value.const_value = ir.ExternalTensor(
             location, offset, length, tensor.dtype, shape=ir.Shape(tensor.shape.numpy()), name=name, base_dir=""
@@ -111,39 +111,13 @@ def _maps(model: ir.Model) -> list[ir.Value]:
 
 def _raw_data(content: bytes) -> Iterator[tuple[str, tuple[int, int]]]:
     """Yield name, and (offset, length) of the raw data, of every initializer of a serialized graph."""
-    for field, start, end in _fields(content, 0, len(content)):
+    file = BytesIO(content)
+    for field, size in length_delimited(file, len(content)):
         if field != _GRAPH:
             continue
-        for part, first, last in _fields(content, start, end):
+        for part, length in length_delimited(file, size):
             if part == _INITIALIZER:
-                places = {number: (a, b) for number, a, b in _fields(content, first, last)}
+                places = {number: (file.tell(), count) for number, count in length_delimited(file, length)}
                 if _NAME in places and _RAW_DATA in places:
-                    (a, b), (offset, after) = places[_NAME], places[_RAW_DATA]
-                    yield content[a:b].decode("utf-8"), (offset, after - offset)
-
-
-def _fields(content: bytes, start: int, end: int) -> Iterator[tuple[int, int, int]]:
-    """Yield number, start and end of each length-delimited field of a protobuf message."""
-    position = start
-    while position < end:
-        tag, position = _varint(content, position)
-        wire_type = tag & 7
-        if wire_type == _LENGTH_DELIMITED:
-            length, position = _varint(content, position)
-            yield tag >> 3, position, position + length
-            position += length
-        elif wire_type == _VARINT:
-            _, position = _varint(content, position)
-        else:
-            assert wire_type in (_FIXED32, _FIXED64), f"wire type {wire_type} in a graph just serialized"
-            position += 4 if wire_type == _FIXED32 else 8
-
-
-def _varint(content: bytes, position: int) -> tuple[int, int]:
-    value = shift = 0
-    while True:
-        byte = content[position]
-        value |= (byte & 0x7F) << shift
-        position, shift = position + 1, shift + 7
-        if byte < 0x80:
-            return value, position
+                    start, count = places[_NAME]
+                    yield content[start : start + count].decode("utf-8"), places[_RAW_DATA]
