@@ -5,7 +5,17 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cl4wsis.cli.options import JsonOption, ThreadsOption
+from cl4wsis.cli.options import (
+    BackendsOption,
+    BundleArgument,
+    JsonOption,
+    PostsChoice,
+    PostsOption,
+    PrecisionsOption,
+    ThreadsOption,
+    read_posts,
+    read_precisions,
+)
 
 if TYPE_CHECKING:
     from cl4wsis.bundle import Bundle
@@ -15,12 +25,7 @@ _ENDINGS = (".md", ".json")
 
 
 def benchmark(
-    bundle: Annotated[
-        Path | None,
-        typer.Argument(
-            help="Bundle folder or .onnx file; the newest bundle under runs/ when not given.", show_default=False
-        ),
-    ] = None,
+    bundle: BundleArgument = None,
     batch: Annotated[
         str, typer.Option("--batch", help="Images per batch: one number, or several separated by commas.")
     ] = "1,4,8",
@@ -29,15 +34,9 @@ def benchmark(
         list[str] | None,
         typer.Option("--images", help="Image file, folder or pattern; golden inputs when not given. Repeatable."),
     ] = None,
-    backend: Annotated[
-        list[str] | None,
-        typer.Option("--backend", help="Measure this backend; all that work here when not given. Repeatable."),
-    ] = None,
-    precision: Annotated[
-        list[str] | None,
-        typer.Option("--precision", help="Measure fp32, fp16 or int8; all in the bundle when not given. Repeatable."),
-    ] = None,
-    post: Annotated[str, typer.Option("--post", help="Where the grouping runs: graph, host or both.")] = "both",
+    backend: BackendsOption = None,
+    precision: PrecisionsOption = None,
+    post: PostsOption = PostsChoice.BOTH,
     threads: ThreadsOption = None,
     out: Annotated[
         list[Path] | None,
@@ -47,10 +46,9 @@ def benchmark(
 ) -> None:
     """Measure every graph of a bundle on every backend of this machine, in turns: times, images per second, memory."""
     from cl4wsis.bundle import open_bundle
-    from cl4wsis.cli.console import note, print_json, progress_bar
+    from cl4wsis.cli.console import note, print_json, progress
     from cl4wsis.cli.doctor import gpu_names
     from cl4wsis.cli.predict import newest_bundle
-    from cl4wsis.cli.verify import parse_posts, parse_precisions
     from cl4wsis_serve.benchmark import benchmark_bundle
     from cl4wsis_serve.verify import choose
 
@@ -61,10 +59,9 @@ def benchmark(
         if not path.parent.is_dir():
             raise typer.BadParameter(f"--out {path}: there is no folder {path.parent}")
     opened = open_bundle(bundle or newest_bundle(Path("runs")))
-    choices, skipped = choose(opened, backend or (), parse_precisions(precision), parse_posts(post))
+    choices, skipped = choose(opened, backend or (), read_precisions(precision), read_posts(post))
     files, description = _find_files(opened, images)
-    with progress_bar() as bar:
-        task = bar.add_task("benchmark", total=None)
+    with progress("benchmark") as show:
         report = benchmark_bundle(
             opened,
             files,
@@ -75,7 +72,7 @@ def benchmark(
             threads,
             gpu_names(),
             skipped,
-            lambda done, total: bar.update(task, completed=done, total=total),
+            show,
         )
     if as_json:
         print_json(report.model_dump(mode="json"))

@@ -7,7 +7,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperCommand
 
-from cl4wsis.cli.options import DeviceOption, JsonOption, SetOption, launch_fabric
+from cl4wsis.cli.options import (
+    DeviceOption,
+    JsonOption,
+    PlanArgument,
+    SetOption,
+    launch_fabric,
+)
 
 if TYPE_CHECKING:
     from cl4wsis.comparison import Measurement, Summary
@@ -41,9 +47,7 @@ def _spelled_out(words: Sequence[str], repeatable: set[str]) -> Iterator[str]:
 
 
 def compare(
-    plan_name: Annotated[
-        str, typer.Argument(metavar="PLAN", help="Plan: a TOML file, or the name of one that comes with cl4wsis.")
-    ] = "shapes",
+    plan_name: PlanArgument = "shapes",
     presets: Annotated[
         list[str] | None,
         typer.Option(

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cl4wsis.cli.options import JsonOption, SetOption
+from cl4wsis.cli.options import JsonOption, PlanArgument, SetOption
 
 if TYPE_CHECKING:
     from cl4wsis.datasets import DataReport, Finding
@@ -15,7 +15,7 @@ _LISTED_FINDINGS = 30
 
 
 def check(
-    plan: Annotated[str, typer.Argument(help="Plan: a TOML file, or the name of one that comes with cl4wsis.")],
+    plan_name: PlanArgument,
     settings: SetOption = None,
     show_all: Annotated[
         bool, typer.Option("--all", help="Print every finding instead of the first of each kind.")
@@ -23,14 +23,13 @@ def check(
     as_json: JsonOption = False,
 ) -> None:
     """Count images and objects per step and class, and check every image and mask; exit code 1 if any is broken."""
-    from cl4wsis.cli.console import print_json, progress_bar
+    from cl4wsis.cli.console import print_json, progress
     from cl4wsis.datasets import check_plan
     from cl4wsis.tasks import load_plan
 
-    loaded = load_plan(plan, settings or [])
-    with progress_bar() as bar:
-        task = bar.add_task("check", total=None)
-        report = check_plan(loaded, lambda done, total: bar.update(task, completed=done, total=total))
+    plan = load_plan(plan_name, settings or [])
+    with progress("check") as show:
+        report = check_plan(plan, show)
     if as_json:
         print_json(report.model_dump(mode="json") | {"is_broken": report.is_broken})
     else:

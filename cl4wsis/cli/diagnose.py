@@ -9,6 +9,7 @@ from cl4wsis.cli.options import (
     DeviceOption,
     JsonOption,
     MethodOption,
+    PlanArgument,
     PresetOption,
     RunOption,
     SetOption,
@@ -18,9 +19,7 @@ from cl4wsis.cli.options import (
 
 
 def diagnose(
-    plan_name: Annotated[
-        str, typer.Argument(metavar="PLAN", help="Plan: a TOML file, or the name of one that comes with cl4wsis.")
-    ] = "shapes",
+    plan_name: PlanArgument = "shapes",
     step: Annotated[int | None, typer.Option(help="Step to look at; the newest trained one when not given.")] = None,
     run: RunOption = None,
     settings: SetOption = None,
@@ -30,7 +29,7 @@ def diagnose(
     as_json: JsonOption = False,
 ) -> None:
     """Measure a trained step with true classes, true centers and true offsets in place of the network's own."""
-    from cl4wsis.cli.console import print_json, progress_bar
+    from cl4wsis.cli.console import print_json, progress
     from cl4wsis.cli.report import print_variants
     from cl4wsis.errors import RunError
     from cl4wsis.steps import trained_steps
@@ -46,11 +45,8 @@ def diagnose(
     network = load_network(plan, step, folder, device)
     from cl4wsis_train.diagnose import diagnose_network
 
-    with progress_bar() as bar:
-        task = bar.add_task("diagnose", total=None)
-        reports = diagnose_network(
-            network, plan, step, lambda done, total: bar.update(task, completed=done, total=total)
-        )
+    with progress("diagnose") as show:
+        reports = diagnose_network(network, plan, step, show)
     if as_json:
         print_json({name: report.model_dump(mode="json") for name, report in reports.items()})
     else:

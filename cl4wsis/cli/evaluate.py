@@ -79,13 +79,12 @@ def evaluate(
 
 def evaluate_bundle(path: Path, plan: "Plan", runtime: Runtime | None = None) -> "EvaluationReport":
     """Measure a bundle through the runtime, with a progress bar."""
-    from cl4wsis.cli.console import progress_bar
+    from cl4wsis.cli.console import progress
     from cl4wsis_serve.evaluate import evaluate_predictor
 
     predictor = (runtime or Runtime()).open(path)
-    with progress_bar() as bar:
-        task = bar.add_task("evaluate", total=None)
-        return evaluate_predictor(predictor, plan, lambda done, total: bar.update(task, completed=done, total=total))
+    with progress("evaluate") as show:
+        return evaluate_predictor(predictor, plan, show)
 
 
 def _refuse_runtime(runtime: Runtime) -> None:
@@ -98,11 +97,10 @@ def _refuse_runtime(runtime: Runtime) -> None:
 
 
 def _evaluate_step(plan: "Plan", step: int, run: Path, device: str) -> "EvaluationReport":
-    from cl4wsis.cli.console import progress_bar
+    from cl4wsis.cli.console import progress
 
     network = load_network(plan, step, run, device)
     from cl4wsis_train.evaluate import evaluate_network
 
-    with progress_bar() as bar:
-        task = bar.add_task("evaluate", total=None)
-        return evaluate_network(network, plan, step, lambda done, total: bar.update(task, completed=done, total=total))
+    with progress("evaluate") as show:
+        return evaluate_network(network, plan, step, show)

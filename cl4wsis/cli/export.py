@@ -8,21 +8,22 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from cl4wsis.cli.options import ConfigOption, JsonOption, MethodOption, PresetOption, RunOption, load_chosen_plan
+from cl4wsis.cli.options import (
+    ConfigOption,
+    JsonOption,
+    MethodOption,
+    PrecisionName,
+    PresetOption,
+    RunOption,
+    load_chosen_plan,
+    read_precisions,
+)
 
 if TYPE_CHECKING:
     from cl4wsis.bundle import Manifest
     from cl4wsis.cli.derive import EngineOptions
     from cl4wsis.steps import StepInfo
     from cl4wsis.tasks import Plan
-
-
-class PrecisionOption(StrEnum):
-    """Arithmetic of the network."""
-
-    FP32 = "fp32"
-    FP16 = "fp16"
-    INT8 = "int8"
 
 
 class ExportFormat(StrEnum):
@@ -81,7 +82,7 @@ def export(
         ),
     ] = ExportFormat.ONNX,
     precision: Annotated[
-        list[PrecisionOption] | None,
+        list[PrecisionName] | None,
         typer.Option(
             "--precision",
             help="Arithmetic of a graph to write (fp32 is always there), or with --from of the graphs to use. "
@@ -194,7 +195,7 @@ def export(
 
     overrides = list(settings or [])
     if precision:
-        overrides.append(f"precisions={_precisions(precision)!r}")
+        overrides.append(f"precisions={read_precisions(precision)!r}")
     spec = spec_for_step(info, overrides)
     note(f"exporting {folder} to {destination}")
     _show_progress()
@@ -270,14 +271,14 @@ def _derive(
     bundle: Path,
     format: ExportFormat,
     out: Path | None,
-    precision: Sequence[PrecisionOption] | None,
+    precision: Sequence[PrecisionName] | None,
     options: "EngineOptions",
     engine: Path | None = None,
 ) -> list[str]:
     """Make something out of a bundle, and return the paths of what was written."""
     from cl4wsis.cli import derive
 
-    given: Any = _precisions(precision) if precision else []
+    given = read_precisions(precision)
     if format is ExportFormat.TRITON:
         return derive.write_triton(bundle, out, given[0] if given else None, engine)
     precisions = given or [derive.default_precision(bundle)]
@@ -319,12 +320,6 @@ def _evaluation_images(plan: "Plan", step: int, count: int) -> Sequence[Any] | N
     except DataError as error:
         note(f"verifying on drawn shapes, since the plan's images are not at hand: {error}")
         return None
-
-
-def _precisions(options: Sequence[PrecisionOption]) -> list[str]:
-    from cl4wsis.bundle import PRECISION_OPTIONS
-
-    return [precision for precision, spelling in PRECISION_OPTIONS.items() if spelling in options]
 
 
 def _calibration_images(plan: "Plan", step: int, count: int, seed: int) -> Sequence[Any] | None:

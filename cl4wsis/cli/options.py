@@ -1,5 +1,6 @@
 """Options that several commands share, so that each is spelled and explained the same everywhere."""
 
+from collections.abc import Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NamedTuple
@@ -9,6 +10,7 @@ import typer
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
 
+    from cl4wsis.bundle import Post, Precision
     from cl4wsis.tasks import Plan
     from cl4wsis_serve.predictor import Predictor
     from cl4wsis_train.models.network import InstanceSegmenter
@@ -34,9 +36,26 @@ PresetOption = Annotated[
         "<run>/<preset>; step 0 is the plan's own.",
     ),
 ]
+PlanArgument = Annotated[
+    str, typer.Argument(metavar="PLAN", help="Plan: a TOML file, or the name of one that comes with cl4wsis.")
+]
+BundleArgument = Annotated[
+    Path | None,
+    typer.Argument(
+        help="Bundle folder or .onnx file; the newest bundle under runs/ when not given.", show_default=False
+    ),
+]
 RunOption = Annotated[Path | None, typer.Option("--run", help="Run folder; runs/<plan name> when not given.")]
 DeviceOption = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or mps.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+
+
+class PrecisionName(StrEnum):
+    """Arithmetic of the network."""
+
+    FP32 = "fp32"
+    FP16 = "fp16"
+    INT8 = "int8"
 
 
 class PrecisionChoice(StrEnum):
@@ -56,6 +75,14 @@ class PostChoice(StrEnum):
     HOST = "host"
 
 
+class PostsChoice(StrEnum):
+    """Which graphs to look at, by where pixels are grouped."""
+
+    GRAPH = "graph"
+    HOST = "host"
+    BOTH = "both"
+
+
 BackendOption = Annotated[str, typer.Option("--backend", help="auto, or a backend that 'cl4wsis doctor' lists.")]
 PrecisionOption = Annotated[
     PrecisionChoice,
@@ -65,6 +92,15 @@ PostOption = Annotated[
     PostChoice,
     typer.Option("--post", help="Where pixels are grouped; auto: on the host beside a CPU, in the graph on a GPU."),
 ]
+BackendsOption = Annotated[
+    list[str] | None,
+    typer.Option("--backend", help="This backend alone; all that work here when not given. Repeatable."),
+]
+PrecisionsOption = Annotated[
+    list[PrecisionName] | None,
+    typer.Option("--precision", help="These graphs alone; all in the bundle when not given. Repeatable."),
+]
+PostsOption = Annotated[PostsChoice, typer.Option("--post", help="Where the grouping runs.")]
 ThreadsOption = Annotated[
     int | None, typer.Option("--threads", min=1, help="CPU threads; all usable cores when not given.")
 ]
@@ -116,6 +152,19 @@ class Runtime(NamedTuple):
         if predictor.skipped:
             note_once(f"passed over: {', '.join(predictor.skipped)} (see 'cl4wsis doctor', or --json for the reasons)")
         return predictor
+
+
+def read_precisions(names: Sequence[PrecisionName] | None) -> "list[Precision]":
+    """Return the precisions of these names, each once, in the order of the manifest."""
+    from cl4wsis.bundle import PRECISION_OPTIONS
+
+    return [precision for precision, name in PRECISION_OPTIONS.items() if name in (names or ())]
+
+
+def read_posts(choice: PostsChoice) -> "list[Post]":
+    """Return the placements of the grouping that were chosen; none stands for both."""
+    posts: dict[PostsChoice, list[Post]] = {PostsChoice.GRAPH: ["graph"], PostsChoice.HOST: ["host"]}
+    return posts.get(choice, [])
 
 
 def load_chosen_plan(config: str, settings: list[str] | None, preset: str | None, method: str | None) -> "Plan":

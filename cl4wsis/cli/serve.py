@@ -10,6 +10,7 @@ import typer
 from cl4wsis.cli.options import (
     AllowFallbackOption,
     BackendOption,
+    BundleArgument,
     PostChoice,
     PostOption,
     PrecisionChoice,
@@ -25,12 +26,7 @@ _PIXELS_VARIABLE = "OPENCV_IO_MAX_IMAGE_PIXELS"
 
 
 def serve(
-    bundle: Annotated[
-        Path | None,
-        typer.Argument(
-            help="Bundle folder or .onnx file; the newest bundle under runs/ when not given.", show_default=False
-        ),
-    ] = None,
+    bundle: BundleArgument = None,
     host: Annotated[
         str, typer.Option("--host", help="Address to listen on; 0.0.0.0 lets other machines in.")
     ] = "127.0.0.1",

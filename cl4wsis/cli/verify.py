@@ -5,22 +5,28 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from cl4wsis.cli.options import JsonOption, SetOption, ThreadsOption
+from cl4wsis.cli.options import (
+    BackendsOption,
+    BundleArgument,
+    JsonOption,
+    PostsChoice,
+    PostsOption,
+    PrecisionsOption,
+    SetOption,
+    ThreadsOption,
+    read_posts,
+    read_precisions,
+)
 
 if TYPE_CHECKING:
-    from cl4wsis.bundle import Bundle, Post, Precision
+    from cl4wsis.bundle import Bundle
     from cl4wsis.checks import VariantCheck
     from cl4wsis.metrics import GroupMeans
     from cl4wsis_serve.verify import ImageSet, LadderResult
 
 
 def verify(
-    bundle: Annotated[
-        Path | None,
-        typer.Argument(
-            help="Bundle folder or .onnx file; the newest bundle under runs/ when not given.", show_default=False
-        ),
-    ] = None,
+    bundle: BundleArgument = None,
     config: Annotated[
         str | None,
         typer.Option(
@@ -33,15 +39,9 @@ def verify(
         typer.Option("--images", help="Use these instead: image file, folder or pattern. Repeatable."),
     ] = None,
     limit: Annotated[int | None, typer.Option("--limit", min=1, help="Use at most this many of the images.")] = None,
-    backend: Annotated[
-        list[str] | None,
-        typer.Option("--backend", help="Check this backend; all that work here when not given. Repeatable."),
-    ] = None,
-    precision: Annotated[
-        list[str] | None,
-        typer.Option("--precision", help="Check fp32, fp16 or int8; all in the bundle when not given. Repeatable."),
-    ] = None,
-    post: Annotated[str, typer.Option("--post", help="Where the grouping runs: graph, host or both.")] = "both",
+    backend: BackendsOption = None,
+    precision: PrecisionsOption = None,
+    post: PostsOption = PostsChoice.BOTH,
     threads: ThreadsOption = None,
     save: Annotated[bool, typer.Option("--save/--no-save", help="Store the result in the bundle's manifest.")] = True,
     as_json: JsonOption = False,
@@ -57,7 +57,7 @@ def verify(
     from cl4wsis_serve.verify import choose, store_checks, verify_bundle
 
     opened = open_bundle(bundle or newest_bundle(Path("runs")))
-    choices, skipped = choose(opened, backend or (), parse_precisions(precision), parse_posts(post))
+    choices, skipped = choose(opened, backend or (), read_precisions(precision), read_posts(post))
     image_set = _image_set(opened, config, settings, images, limit)
     with progress_bar() as bar:
         task = bar.add_task("verify", total=None)
@@ -88,26 +88,6 @@ def verify(
             for problem in check.problems:
                 note(f"error: {check.precision}, post={check.post}, {check.backend}: {problem}")
         raise typer.Exit(1)
-
-
-def parse_precisions(names: list[str] | None) -> "list[Precision]":
-    """Read ``--precision`` as given on the command line."""
-    from cl4wsis.bundle import PRECISION_OPTIONS
-
-    by_option = {option: precision for precision, option in PRECISION_OPTIONS.items()}
-    by_option |= {precision: precision for precision in PRECISION_OPTIONS}
-    for name in names or ():
-        if name not in by_option:
-            raise typer.BadParameter(f"--precision {name}: expected {', '.join(PRECISION_OPTIONS.values())}")
-    return [by_option[name] for name in names or ()]
-
-
-def parse_posts(name: str) -> "list[Post]":
-    """Read ``--post``; an empty list is both."""
-    choices: dict[str, list[Post]] = {"graph": ["graph"], "host": ["host"], "both": []}
-    if name not in choices:
-        raise typer.BadParameter(f"--post {name}: expected {', '.join(choices)}")
-    return choices[name]
 
 
 def _image_set(
