@@ -17,6 +17,7 @@ from cl4wsis.datasets.problems import problems_of
 from cl4wsis.datasets.tags import read_tag_rows
 from cl4wsis.errors import DataError
 from cl4wsis.images import IMAGE_SUFFIXES, read_bytes
+from cl4wsis.instances import boxes_from_ids
 
 VOC_CLASSES = (
     *("aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow"),
@@ -104,13 +105,10 @@ def measure_objects(values: NDArray[np.int32]) -> tuple[list[int], bool]:
     Returns:
         The values that occur, rising, and whether one of their boxes is valid.
     """
-    present = np.flatnonzero(np.bincount(values[values > 0])).tolist()
-    return present, any(_has_valid_box(values == value) for value in present)
-
-
-def _has_valid_box(mask: NDArray[np.bool_]) -> bool:
-    rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
-    return is_valid_box(rows[-1] - rows[0] + 1, columns[-1] - columns[0] + 1)
+    boxes = boxes_from_ids(np.maximum(values, 0), int(values.max(initial=0)))
+    sides = (boxes[:, 2:] - boxes[:, :2]).tolist()
+    present = [value for value, (width, _) in enumerate(sides, start=1) if width]
+    return present, any(is_valid_box(height, width) for width, height in sides)
 
 
 def read_name_list(path: Path) -> list[str]:
