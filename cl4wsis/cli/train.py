@@ -1,7 +1,7 @@
 """``cl4wsis train-step``: train one step of a plan."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -16,6 +16,12 @@ from cl4wsis.cli.options import (
     launch_fabric,
     load_chosen_plan,
 )
+
+if TYPE_CHECKING:
+    from cl4wsis.tasks import Plan
+
+_EXPORTED_ENCODERS = ("tf_efficientnet_lite0", "resnet50", "resnet101", "convnextv2_atto")
+"""Encoders that the tests export."""
 
 
 def train_step(
@@ -34,6 +40,10 @@ def train_step(
     devices: Annotated[
         str, typer.Option(help="Processes on this machine: a number, or auto (all GPUs, or one process on a CPU).")
     ] = "auto",
+    export_check: Annotated[
+        bool,
+        typer.Option(help="Before step 0, make sure that an unusual encoder can be exported."),
+    ] = True,
     evaluate: Annotated[bool, typer.Option(help="Measure the trained network on the plan's evaluation images.")] = True,
     as_json: JsonOption = False,
 ) -> None:
@@ -65,11 +75,33 @@ def train_step(
             f"--with-previous: preset {preset} trains in {plan.recipe.precision}, step 0 in "
             f"{base_plan.recipe.precision}; train step 0 by itself, without --preset"
         )
+    numbers = missing_steps(plan, step, folder) if with_previous else [step]
     fabric = launch_fabric(plan, device, devices)
-    for number in missing_steps(plan, step, folder) if with_previous else [step]:
+    if export_check and 0 in numbers and fabric.is_global_zero:
+        _check_exportable(base_plan)
+    for number in numbers:
         train(plan if number else base_plan, number, folder, fabric=fabric, evaluate=evaluate, report=_say)
     if fabric.is_global_zero:
         print_step(step_folder(folder, step, plan.recipe.variant), as_json)
+
+
+def _check_exportable(plan: "Plan") -> None:
+    from cl4wsis.errors import BundleError, MissingExtraError, require
+
+    encoder = plan.recipe.network.encoder
+    if encoder in _EXPORTED_ENCODERS:
+        return
+    try:
+        require("export")
+    except MissingExtraError:
+        return
+    from cl4wsis_export.pack import check_exportable
+
+    _say(f"making sure that a network with {encoder} can be exported, before it is trained")
+    try:
+        check_exportable(plan.recipe.network, plan.recipe.input_size)
+    except BundleError as error:
+        raise BundleError(f"{error}. Nothing was trained; --no-export-check trains it all the same") from error
 
 
 def _say(text: str) -> None:

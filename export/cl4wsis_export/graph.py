@@ -2,9 +2,11 @@
 
 import functools
 import logging
+import traceback
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 
 import onnx_ir as ir
 import torch
@@ -37,13 +39,18 @@ def build_graph(segmenter: FusedSegmenter, opset: int) -> ir.Model:
     Raises:
         BundleError: the network cannot be exported, or needs an operator that not every runtime has.
     """
-    height, width = segmenter.input_size
-    example = torch.zeros(1, height, width, 3, dtype=torch.uint8)
-    network = export_module(TracedNetwork(segmenter).eval(), {INPUT_NAME: example}, TracedNetwork.OUTPUT_NAMES, opset)
+    network = trace_network(segmenter, opset)
     network.graph.outputs[:] = network.graph.outputs[: len(MAP_NAMES)]
     shapes = tuple(tuple(int(str(side)) for side in (value.shape or ())[1:]) for value in network.graph.outputs)
     tail = _build_tail(segmenter.spec, segmenter.input_size, segmenter.rounds, shapes, opset)
     return join(network, tail)
+
+
+def trace_network(segmenter: FusedSegmenter, opset: int) -> ir.Model:
+    """Export the network of the fused module, from images to raw maps and the names at which it can be cut."""
+    height, width = segmenter.input_size
+    example = torch.zeros(1, height, width, 3, dtype=torch.uint8)
+    return export_module(TracedNetwork(segmenter).eval(), {INPUT_NAME: example}, TracedNetwork.OUTPUT_NAMES, opset)
 
 
 @functools.lru_cache(maxsize=4)
@@ -102,7 +109,7 @@ def _export_with(
     except Exception as error:  # the exporter raises errors of many kinds
         cause = _first_cause(error)
         kind = BatchDependenceError if isinstance(cause, BatchDependenceError) else BundleError
-        raise kind(f"the network cannot be exported: {str(cause).strip().splitlines()[0]}") from error
+        raise kind(f"the network cannot be exported: {_first_line(cause)}") from error
     check_operators(model)
     written = model.opset_imports.get("")
     if written != opset:
@@ -128,6 +135,16 @@ def _first_cause(error: BaseException) -> BaseException:
     while error.__cause__ is not None:
         error = error.__cause__
     return error
+
+
+def _first_line(error: BaseException) -> str:
+    """Return what an error says first; of one that says nothing, as assertions do, where the network raised it."""
+    lines = str(error).strip().splitlines()
+    if lines:
+        return lines[0]
+    frames = traceback.extract_tb(error.__traceback__)
+    frame = [frame for frame in frames if "torch" not in Path(frame.filename).parts or frame is frames[0]][-1]
+    return f"{type(error).__name__} in {Path(frame.filename).name}, line {frame.lineno}: {frame.line}"
 
 
 @contextmanager

@@ -28,10 +28,12 @@ from cl4wsis.bundle import (
 )
 from cl4wsis.checks import DEFAULT_LIMITS, Limits
 from cl4wsis.errors import BundleError
+from cl4wsis.grouping import GroupingSpec
+from cl4wsis.recipe import NetworkSettings
 from cl4wsis.steps import StepInfo
 from cl4wsis_export.borders import grouping_tail, network_graph
 from cl4wsis_export.fused import INPUT_NAME, MAP_NAMES, FusedSegmenter
-from cl4wsis_export.graph import BATCH, build_graph, serialize
+from cl4wsis_export.graph import BATCH, build_graph, serialize, trace_network
 from cl4wsis_export.passes import count_operators
 from cl4wsis_export.spec import ExportSpec
 from cl4wsis_export.variants import GraphPair, float_pair, lower_pair
@@ -84,6 +86,22 @@ def export_step(
     """
     network, info = load_step(step_folder)
     return export_network(network, info, destination, spec, images, calibration)
+
+
+def check_exportable(settings: NetworkSettings, input_size: tuple[int, int]) -> None:
+    """Export a network of these settings with random weights, and keep nothing of it.
+
+    What an encoder is made of decides whether it can be deployed, which is better known before it is trained for hours.
+
+    Args:
+        settings: of the network; its initial weights are not looked for.
+        input_size: (height, width) of the network input, px.
+
+    Raises:
+        BundleError: such a network cannot be exported.
+    """
+    network = InstanceSegmenter(settings.model_copy(update={"weights": "none"}), (1,))
+    trace_network(FusedSegmenter(network, GroupingSpec(), input_size, rounds=1).eval(), ExportSpec().opset)
 
 
 def export_network(

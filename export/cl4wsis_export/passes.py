@@ -13,8 +13,9 @@ from onnxscript.optimizer import fold_constants
 from cl4wsis.errors import BundleError
 
 _OPERATORS = """
-Add AveragePool BatchNormalization Clip Concat Conv Div Exp Flatten Gemm GlobalAveragePool HardSigmoid HardSwish
-LeakyRelu Log MatMul Mul PRelu Pow ReduceMean Relu Resize Sigmoid Softmax Softplus Sqrt Sub Tanh
+Add AveragePool BatchNormalization Clip Concat Conv Div Erf Exp Flatten Gemm GlobalAveragePool HardSigmoid HardSwish
+InstanceNormalization LayerNormalization LeakyRelu Log MatMul Mul PRelu Pow ReduceL2 ReduceMean Relu Resize Sigmoid
+Softmax Softplus Sqrt Sub Tanh
 
 ArgMax Cast Equal Floor Gather GatherElements Greater GreaterOrEqual Less LessOrEqual Max MaxPool Min Neg Pad Reciprocal
 ReduceMax ReduceMin ReduceSum ScatterElements Slice Split Squeeze TopK Transpose Unsqueeze

@@ -125,6 +125,16 @@ def test_method_may_repeat_that_of_the_preset(tmp_path: Path) -> None:
     assert f"{tmp_path / 'joint' / 'step-1'}: is not a trained step" in answer.stderr
 
 
+def test_an_encoder_that_cannot_be_exported_is_not_trained(tmp_path: Path) -> None:
+    encoder = "bat_resnext26ts"  # an attention for one size of its input
+    arguments = ["train-step", "--step", "0", "--run", str(tmp_path), *SETTINGS]
+    answer = RUNNER.invoke(app, [*arguments, "--set", f"recipe.network.encoder={encoder}"])
+    assert answer.exit_code == 1
+    assert "cannot be exported" in answer.stderr
+    assert "Nothing was trained; --no-export-check" in answer.stderr
+    assert trained_steps(tmp_path) == []
+
+
 def test_evaluate_measures_a_trained_step(run: Path) -> None:
     answer = RUNNER.invoke(app, ["evaluate", "--step", "0", "--run", str(run), "--json", *SETTINGS])
     assert answer.exit_code == 0, answer.output

@@ -43,7 +43,7 @@ def measure_statistics(network: InstanceSegmenter, frames: np.ndarray) -> None:
     network.eval()
 
 
-@pytest.fixture(scope="module", params=["tf_efficientnet_lite0", *LARGE])
+@pytest.fixture(scope="module", params=["tf_efficientnet_lite0", "convnextv2_atto", *LARGE])
 def path(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Export an untrained network whose answers hold many instances."""
     plan = tiny_plan(

@@ -79,6 +79,17 @@ def test_a_module_that_depends_on_the_batch_is_refused() -> None:
         export_module(Averaging(), {"x": torch.ones(2, 3)}, ["y"], opset=18)
 
 
+def test_a_module_that_refuses_its_input_without_a_word_is_found() -> None:
+    class Refusing(torch.nn.Module):
+        def forward(self, values: torch.Tensor) -> torch.Tensor:
+            if values.shape[1] != 4:
+                raise AssertionError  # as encoders do that want sides of their own
+            return values
+
+    with pytest.raises(BundleError, match=r"cannot be exported: AssertionError in test_graph\.py, line \d+: raise"):
+        export_module(Refusing(), {"values": torch.zeros(1, 3)}, ["result"], 18)
+
+
 def test_a_module_that_cannot_be_traced_is_explained() -> None:
     class Branching(torch.nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
