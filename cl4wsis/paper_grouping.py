@@ -38,9 +38,9 @@ def group_as_published(
     class_probs: FloatMap,
     center_heatmap: FloatMap,
     offset_map: FloatMap,
-    center_threshold: float = 0.1,
-    nms_kernel_size: int = 41,
-    min_area: int = 50,
+    center_threshold: float,
+    nms_kernel_size: int,
+    min_area: int,
 ) -> Instances:
     """Group pixels as the published implementation does.
 

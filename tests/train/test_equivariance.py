@@ -97,7 +97,7 @@ def activation(cam_logits: Tensor, old_probs: Tensor, images: Tensor, tags: Tens
 
 
 def semantic_map(cam_logits: Tensor, tags: Tensor) -> SemanticMap:
-    return semantic_map_from_logits(cam_logits, None, tags, SPLIT, (36, 36))
+    return semantic_map_from_logits(cam_logits, cam_logits.flip(3), tags, SPLIT, (36, 36))
 
 
 RULES: dict[str, Rule] = {

@@ -136,12 +136,6 @@ def test_mirrored_pair_gives_mirrored_map():
     assert torch.equal(swapped.semantic_map, plain.semantic_map.flip(2))
 
 
-def test_map_without_mirror_image():
-    logits = torch.randn(1, 5, 4, 4, generator=torch.Generator().manual_seed(4))
-    with_itself = semantic_map_from_logits(logits, logits.flip(3), BOTH, SPLIT, (16, 16))
-    assert torch.equal(semantic_map_from_logits(logits, None, BOTH, SPLIT, (16, 16))[0], with_itself[0])
-
-
 # Peaks
 
 

@@ -70,7 +70,7 @@ class SynthesizedTargets(NamedTuple):
 
 def semantic_map_from_logits(
     logits: Tensor,
-    flipped_logits: Tensor | None,
+    flipped_logits: Tensor,
     image_labels: Tensor,
     split: ClassSplit,
     size: tuple[int, int],
@@ -80,7 +80,7 @@ def semantic_map_from_logits(
 
     Args:
         logits: (B, C, h, w) of the images.
-        flipped_logits: (B, C, h, w) of the mirrored images, still mirrored; averaged with the others. None: not used.
+        flipped_logits: (B, C, h, w) of the mirrored images, still mirrored; averaged with the others.
         image_labels: (B, C - 1) 0/1, the visible tags.
         split: the step's classes.
         size: (H, W) of the crop.
@@ -90,9 +90,7 @@ def semantic_map_from_logits(
         The map, and the probability of the class on pixels of new classes.
     """
     with torch.no_grad():
-        logits = logits.float()
-        if flipped_logits is not None:
-            logits = (logits + flipped_logits.float().flip(3)) / 2
+        logits = (logits.float() + flipped_logits.float().flip(3)) / 2
         allowed = with_background(image_labels) > 0  # (B, C)
         if not all_seen_labels:
             allowed[:, split.semantic_old] = True
