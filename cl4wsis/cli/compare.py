@@ -7,13 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperCommand
 
-from cl4wsis.cli.options import (
-    DeviceOption,
-    JsonOption,
-    PlanArgument,
-    SetOption,
-    launch_fabric,
-)
+from cl4wsis.cli.options import DeviceOption, JsonOption, PlanArgument, SetOption, launch_fabric
 
 if TYPE_CHECKING:
     from cl4wsis.comparison import Measurement, Summary
