@@ -240,10 +240,13 @@ class Predictor:
             else:
                 check_maps(outputs, len(frames), len(self.classes))
                 found = [self._group(outputs, row) for row in range(len(frames))]
-        min_area = self.manifest.grouping.min_area
-        return [
-            restore_instances(slots, transform, min_area) for slots, transform in zip(found, transforms, strict=True)
-        ]
+        return [self._restore(instances, transform) for instances, transform in zip(found, transforms, strict=True)]
+
+    def _restore(self, instances: Instances, transform: FitTransform) -> Instances:
+        """Bring one image's instances back to its own pixels."""
+        if self.post == "host" and transform.source_size == transform.frame_size:
+            return instances.select(instances.boxes[:, 2] > 0)  # measured here a moment ago
+        return restore_instances(instances, transform, self.manifest.grouping.min_area)
 
     def _group(self, outputs: Outputs, row: int) -> Instances:
         """Group one image's maps here."""

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from bundles import BLUE, GRAY, RED, SIZE, SLOTS, color_image, color_manifest, write_color_bundle
 
-from cl4wsis.bundle import Bundle
+from cl4wsis.bundle import Bundle, Post
 from cl4wsis.errors import BackendError, BundleError, DataError
 from cl4wsis.images import write_png
 from cl4wsis.instances import Instances
@@ -17,6 +17,8 @@ from cl4wsis_serve import Predictor
 from cl4wsis_serve import predictor as predictor_module
 from cl4wsis_serve.backends.recorded import RecordedBackend
 from cl4wsis_serve.selection import Selection
+
+POSTS: tuple[Post, Post] = ("graph", "host")
 
 
 @pytest.fixture(scope="module")
@@ -272,3 +274,12 @@ def test_recorded_maps_are_grouped() -> None:
     found = Predictor(color_manifest(), RecordedBackend([maps]), post="host").predict(np.zeros((*SIZE, 3), np.uint8))
     np.testing.assert_array_equal(found.labels, [1])
     np.testing.assert_allclose(found.boxes, [[12, 8, 36, 24]], atol=2)
+
+
+@pytest.mark.parametrize("size", [SIZE, (SIZE[0] + 1, SIZE[1]), (200, 100)])
+def test_grouping_on_the_host_gives_what_the_graph_gives(bundle: Path, size: tuple[int, int]) -> None:
+    in_graph, on_host = (Predictor.open(bundle, "onnxruntime", post=post).predict(color_image(*size)) for post in POSTS)
+    assert len(on_host) == 2
+    for name in ("instance_ids", "labels", "boxes"):
+        np.testing.assert_array_equal(getattr(on_host, name), getattr(in_graph, name), err_msg=name)
+    np.testing.assert_allclose(on_host.scores, in_graph.scores, atol=1e-6)
