@@ -1,5 +1,7 @@
 """Passes over the exported graph in the manner of onnx_ir: each does one thing and says whether it changed anything."""
 
+import math
+import sys
 from collections import Counter
 from collections.abc import Mapping
 from typing import Any
@@ -26,6 +28,8 @@ Constant Expand Identity Reshape Shape
 ALLOWED_OPERATORS = frozenset(_OPERATORS.split())
 """Operators that ONNX Runtime, TensorRT and TensorRT-RTX run, without data-dependent shapes, loops or branches."""
 
+_MOST_NEW_NUMBERS = 1 << 18
+"""As many numbers an operator may make of fewer while the graph is written; a runtime makes more of them."""
 _STANDARD_DOMAINS = ("", "ai.onnx")
 _SHAPE_INPUTS = {("Reshape", 1), ("Expand", 1), ("Resize", 3)}
 """Operators and the inputs that tell them a shape."""
@@ -37,7 +41,10 @@ class TidyPass(ir.passes.InPlacePass):
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Tidy the graph."""
         modified = common.InlinePass()(model).modified
-        modified |= fold_constants(model, onnx_shape_inference=True, should_fold=_is_rearrangement).modified
+        folded = fold_constants(
+            model, onnx_shape_inference=True, output_size_limit=sys.maxsize, should_fold=_is_worth_folding
+        )
+        modified |= folded.modified
         passes = ir.passes.Sequential(
             common.IdentityEliminationPass(),
             common.RemoveUnusedNodesPass(),
@@ -53,9 +60,27 @@ class TidyPass(ir.passes.InPlacePass):
         return ir.passes.PassResult(model, modified)
 
 
-def _is_rearrangement(node: ir.Node) -> bool | None:
-    """Fold slices and concatenations of constants, whatever their size; otherwise leave the choice open."""
-    return True if node.op_type in ("Slice", "Concat") else None
+def _is_worth_folding(node: ir.Node) -> bool | None:
+    """Compute of constants what has no more numbers than they have, such as standardised weights, whatever their size.
+
+    Of what has more, such as expansions, only the small is computed, as of casts, whose source is read elsewhere too.
+    """
+    if node.op_type in ("Slice", "Concat"):
+        return True
+    if node.op_type == "Cast":
+        return None
+    before, after = (sum(map(_count_numbers, values)) for values in (node.inputs, node.outputs))
+    if _MOST_NEW_NUMBERS < after < math.inf:
+        return after <= before
+    return True if after <= before else None
+
+
+def _count_numbers(value: ir.Value | None) -> float:
+    if value is None:
+        return 0
+    if value.shape is None or not all(isinstance(side, int) for side in value.shape):
+        return math.inf
+    return math.prod(side for side in value.shape if isinstance(side, int))
 
 
 class BatchDependenceError(BundleError):

@@ -29,13 +29,14 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
+from onnx_ir.passes import common
 
 from cl4wsis.errors import BundleError, require
 from cl4wsis_export.bias_correction import correct_biases
 from cl4wsis_export.fused import INPUT_NAME
 from cl4wsis_export.graph import serialize
-from cl4wsis_export.passes import TidyPass
-from cl4wsis_export.precision import head_nodes, layer_type, network_nodes
+from cl4wsis_export.passes import TidyPass, add_constant
+from cl4wsis_export.precision import head_nodes, is_layer, layer_type, network_nodes
 
 _CORRECTION_FRAMES = 16
 """Calibration images over which the shift of a channel is averaged; 64 gave much the same."""
@@ -63,6 +64,7 @@ def quantize_network(network: ir.Model, frames: NDArray[np.uint8]) -> ir.Model:
     with tempfile.TemporaryDirectory(prefix="cl4wsis-") as folder:
         source, target = Path(folder) / "network.onnx", Path(folder) / "network-int8.onnx"
         prepared = network.clone()
+        _separate_biases(prepared, layers)
         prepared.metadata_props.update(_PREPARED)
         source.write_bytes(serialize(prepared))
         _quantize_file(source, target, layers, full_range, frames)
@@ -79,15 +81,24 @@ def quantize_network(network: ir.Model, frames: NDArray[np.uint8]) -> ir.Model:
 
 
 def layers_to_quantize(network: ir.Model) -> list[str]:
-    """Name the convolutions between the first one and the heads."""
-    inside = network_nodes(network)
-    kept = {*head_nodes(network), next(node for node in inside if node.op_type == "Conv")}
-    return [node.name or "" for node in inside if node.op_type == "Conv" and node not in kept]
+    """Name the convolutions with constant weights between the first one and the heads."""
+    inside = [node for node in network_nodes(network) if node.op_type == "Conv" and is_layer(node)]
+    kept = {*head_nodes(network), inside[0]}
+    return [node.name or "" for node in inside if node not in kept]
 
 
 def frame_hashes(frames: NDArray[np.uint8]) -> tuple[str, ...]:
     """Return the SHA-256 of the pixels of each frame."""
     return tuple(sha256(np.ascontiguousarray(frame).tobytes()).hexdigest() for frame in frames)
+
+
+def _separate_biases(network: ir.Model, layers: Sequence[str]) -> None:
+    """Give every layer a bias of its own; the quantiser would copy shared ones to names that other values may have."""
+    for node in network.graph:
+        bias = node.inputs[2] if node.name in layers and len(node.inputs) > 2 else None
+        if bias is not None and bias.const_value is not None:
+            node.replace_input_with(2, add_constant(network, bias.const_value.numpy(), f"{node.name}_own_bias"))
+    common.RemoveUnusedNodesPass()(network)  # with the biases that were replaced
 
 
 def _hold_quantization(model: ir.Model) -> None:

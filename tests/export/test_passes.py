@@ -2,8 +2,10 @@
 
 from pathlib import Path
 
+import numpy as np
 import onnx_ir as ir
 import pytest
+from onnx import TensorProto, helper, numpy_helper
 
 from cl4wsis.errors import BundleError
 from cl4wsis_export.passes import (
@@ -70,6 +72,28 @@ def constants(node: ir.Node) -> list[list[float]]:
 def free_batch(model: ir.Model) -> ir.Model:
     """Free a batch of 4099."""
     return FreeBatchPass(4099, "batch").call(TidyPass()(model).model).model
+
+
+def test_weights_that_are_standardised_are_constants_however_large() -> None:
+    weights = np.random.default_rng(0).normal(1, 1, (600, 600, 1, 1)).astype(np.float32)
+    nodes = [
+        helper.make_node("ReduceMean", ["w", "axes"], ["mean"]),
+        helper.make_node("Sub", ["w", "mean"], ["centered"]),
+        helper.make_node("Conv", ["x", "centered"], ["y"]),
+    ]
+    sides = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [1, 600, 1, 1]) for name in "xy"]
+    constants = [numpy_helper.from_array(weights, "w"), numpy_helper.from_array(np.array([1, 2, 3]), "axes")]
+    made = helper.make_graph(nodes, "g", sides[:1], sides[1:], constants)
+    model = ir.from_proto(helper.make_model(made, opset_imports=[helper.make_opsetid("", 18)]))
+    result = TidyPass()(model).model
+    assert count_operators(result) == {"Conv": 1}
+    (conv,) = result.graph
+    folded = conv.inputs[1]
+    assert folded is not None
+    assert folded.const_value is not None
+    expected = weights - weights.mean(axis=(1, 2, 3), keepdims=True)
+    np.testing.assert_allclose(folded.const_value.numpy(), expected, atol=1e-5)
+    assert list(result.graph.initializers) == [folded.name]
 
 
 def test_a_traced_batch_is_freed_alone_and_merged_with_other_sides() -> None:

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections import Counter
 from itertools import islice
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from cl4wsis_export.borders import network_graph
 from cl4wsis_export.calibration import balanced_order, calibration_images
 from cl4wsis_export.fused import MAP_NAMES
 from cl4wsis_export.graph import serialize
-from cl4wsis_export.passes import TidyPass
+from cl4wsis_export.passes import TidyPass, add_constant
 from cl4wsis_export.precision import count_types, head_nodes, network_nodes
 from cl4wsis_export.quantize import _hold_quantization, frame_hashes, layers_to_quantize, quantize_network
 from cl4wsis_export.verify import open_session, verification_frames
@@ -101,6 +102,23 @@ def test_answers_stay_near_those_of_float32(
     ):
         noise = np.sqrt(np.mean((answer - array) ** 2) / np.mean(array**2))
         assert 1e-4 < noise < 0.3
+
+
+def test_copies_of_a_shared_bias_take_no_name_of_another_value(network_of_bundle: ir.Model, frames: np.ndarray) -> None:
+    network = network_of_bundle.clone()
+    layers = layers_to_quantize(network)
+    convolutions = [node for node in network.graph if node.name in layers]
+    widths = {node: node.outputs[0].shape[1] for node in convolutions if node.outputs[0].shape is not None}
+    (width, count), *_ = Counter(widths.values()).most_common()
+    assert count > 1
+    shared = add_constant(network, np.zeros(int(str(width)), np.float32), "zeros")
+    alike = [node for node in convolutions if widths[node] == width]
+    for node in alike:
+        node.resize_inputs(3)
+        node.replace_input_with(2, shared)
+    for number, node in enumerate(convolutions[-9:], start=1):
+        node.outputs[0].name = f"zeros{number}"
+    assert count_types(quantize_network(network, frames[:1]))["int8"] == len(layers)
 
 
 def test_only_the_concatenation_of_the_instance_pyramid_is_held(quantized: ir.Model) -> None:
