@@ -9,12 +9,10 @@ from cl4wsis.cli.options import (
     BackendsOption,
     BundleArgument,
     JsonOption,
-    PostsChoice,
     PostsOption,
     PrecisionsOption,
     ThreadsOption,
-    read_posts,
-    read_precisions,
+    open_choices,
 )
 
 if TYPE_CHECKING:
@@ -36,7 +34,7 @@ def benchmark(
     ] = None,
     backend: BackendsOption = None,
     precision: PrecisionsOption = None,
-    post: PostsOption = PostsChoice.BOTH,
+    post: PostsOption = None,
     threads: ThreadsOption = None,
     out: Annotated[
         list[Path] | None,
@@ -45,12 +43,9 @@ def benchmark(
     as_json: JsonOption = False,
 ) -> None:
     """Measure every graph of a bundle on every backend of this machine, in turns: times, images per second, memory."""
-    from cl4wsis.bundle import open_bundle
     from cl4wsis.cli.console import note, print_json, progress
     from cl4wsis.cli.doctor import gpu_names
-    from cl4wsis.cli.predict import newest_bundle
     from cl4wsis_serve.benchmark import benchmark_bundle
-    from cl4wsis_serve.verify import choose
 
     batches = _parse_batches(batch)
     for path in out or ():
@@ -58,8 +53,7 @@ def benchmark(
             raise typer.BadParameter(f"--out {path}: expected a name that ends in {' or '.join(_ENDINGS)}")
         if not path.parent.is_dir():
             raise typer.BadParameter(f"--out {path}: there is no folder {path.parent}")
-    opened = open_bundle(bundle or newest_bundle(Path("runs")))
-    choices, skipped = choose(opened, backend or (), read_precisions(precision), read_posts(post))
+    opened, choices, skipped = open_choices(bundle, backend, precision, post)
     files, description = _find_files(opened, images)
     with progress("benchmark") as show:
         report = benchmark_bundle(

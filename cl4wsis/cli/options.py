@@ -10,9 +10,10 @@ import typer
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
 
-    from cl4wsis.bundle import Post, Precision
+    from cl4wsis.bundle import Bundle, Post, Precision
     from cl4wsis.tasks import Plan
     from cl4wsis_serve.predictor import Predictor
+    from cl4wsis_serve.verify import Choice, Skipped
     from cl4wsis_train.models.network import InstanceSegmenter
 
 ConfigOption = Annotated[
@@ -68,19 +69,18 @@ class PrecisionChoice(StrEnum):
 
 
 class PostChoice(StrEnum):
-    """Where pixels are grouped into instances."""
+    """Where pixels are to be grouped."""
 
     AUTO = "auto"
     GRAPH = "graph"
     HOST = "host"
 
 
-class PostsChoice(StrEnum):
-    """Which graphs to look at, by where pixels are grouped."""
+class PostName(StrEnum):
+    """Where pixels are grouped into instances."""
 
     GRAPH = "graph"
     HOST = "host"
-    BOTH = "both"
 
 
 BackendOption = Annotated[str, typer.Option("--backend", help="auto, or a backend that 'cl4wsis doctor' lists.")]
@@ -100,7 +100,10 @@ PrecisionsOption = Annotated[
     list[PrecisionName] | None,
     typer.Option("--precision", help="These graphs alone; all in the bundle when not given. Repeatable."),
 ]
-PostsOption = Annotated[PostsChoice, typer.Option("--post", help="Where the grouping runs.")]
+PostsOption = Annotated[
+    list[PostName] | None,
+    typer.Option("--post", help="Graphs with the grouping there alone; both when not given. Repeatable."),
+]
 ThreadsOption = Annotated[
     int | None, typer.Option("--threads", min=1, help="CPU threads; all usable cores when not given.")
 ]
@@ -161,10 +164,26 @@ def read_precisions(names: Sequence[PrecisionName] | None) -> "list[Precision]":
     return [precision for precision, name in PRECISION_OPTIONS.items() if name in (names or ())]
 
 
-def read_posts(choice: PostsChoice) -> "list[Post]":
-    """Return the placements of the grouping that were chosen; none stands for both."""
-    posts: dict[PostsChoice, list[Post]] = {PostsChoice.GRAPH: ["graph"], PostsChoice.HOST: ["host"]}
-    return posts.get(choice, [])
+def open_choices(
+    bundle: Path | None,
+    backends: Sequence[str] | None,
+    precisions: Sequence[PrecisionName] | None,
+    posts: Sequence[PostName] | None,
+) -> "tuple[Bundle, list[Choice], list[Skipped]]":
+    """Open a bundle, and combine its graphs with the backends of this machine as the options say.
+
+    Raises:
+        BundleError: the bundle is missing, damaged or not one of ours.
+        BackendError: a backend that was asked for is unknown or does not work here.
+    """
+    from cl4wsis.bundle import open_bundle
+    from cl4wsis.cli.predict import newest_bundle
+    from cl4wsis_serve.verify import choose
+
+    opened = open_bundle(bundle or newest_bundle(Path("runs")))
+    places: list[Post] = [name.value for name in posts or ()]
+    choices, skipped = choose(opened, backends or (), read_precisions(precisions), places)
+    return opened, choices, skipped
 
 
 def load_chosen_plan(config: str, settings: list[str] | None, preset: str | None, method: str | None) -> "Plan":

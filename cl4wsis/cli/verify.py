@@ -1,6 +1,5 @@
 """``cl4wsis verify``: does every variant of a bundle, on every backend of this machine, answer as the float32 graph?"""
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -9,13 +8,11 @@ from cl4wsis.cli.options import (
     BackendsOption,
     BundleArgument,
     JsonOption,
-    PostsChoice,
     PostsOption,
     PrecisionsOption,
     SetOption,
     ThreadsOption,
-    read_posts,
-    read_precisions,
+    open_choices,
 )
 
 if TYPE_CHECKING:
@@ -41,7 +38,7 @@ def verify(
     limit: Annotated[int | None, typer.Option("--limit", min=1, help="Use at most this many of the images.")] = None,
     backend: BackendsOption = None,
     precision: PrecisionsOption = None,
-    post: PostsOption = PostsChoice.BOTH,
+    post: PostsOption = None,
     threads: ThreadsOption = None,
     save: Annotated[bool, typer.Option("--save/--no-save", help="Store the result in the bundle's manifest.")] = True,
     as_json: JsonOption = False,
@@ -50,14 +47,11 @@ def verify(
 
     Without --data or --images the golden inputs are all there is. Exit code 1 if a limit is exceeded.
     """
-    from cl4wsis.bundle import open_bundle
     from cl4wsis.cli.console import note, print_json, progress_bar
-    from cl4wsis.cli.predict import newest_bundle
     from cl4wsis.errors import BackendError, BundleError
-    from cl4wsis_serve.verify import choose, store_checks, verify_bundle
+    from cl4wsis_serve.verify import store_checks, verify_bundle
 
-    opened = open_bundle(bundle or newest_bundle(Path("runs")))
-    choices, skipped = choose(opened, backend or (), read_precisions(precision), read_posts(post))
+    opened, choices, skipped = open_choices(bundle, backend, precision, post)
     image_set = _image_set(opened, config, settings, images, limit)
     with progress_bar() as bar:
         task = bar.add_task("verify", total=None)
