@@ -41,13 +41,13 @@ def train_step(
         str, typer.Option(help="Processes on this machine: a number, or auto (all GPUs, or one process on a CPU).")
     ] = "auto",
     export_check: Annotated[
-        bool,
-        typer.Option(help="Before step 0, make sure that an unusual encoder can be exported."),
+        bool, typer.Option(help="Before step 0, make sure that an unusual encoder can be exported.")
     ] = True,
     evaluate: Annotated[bool, typer.Option(help="Measure the trained network on the plan's evaluation images.")] = True,
     as_json: JsonOption = False,
 ) -> None:
     """Train one step of a plan, from masks in step 0 and from image tags afterwards."""
+    from cl4wsis.cli.console import note
     from cl4wsis.cli.report import print_step
     from cl4wsis.errors import RunError, require
     from cl4wsis.steps import read_plan_step, step_folder, trained_steps
@@ -80,12 +80,13 @@ def train_step(
     if export_check and 0 in numbers and fabric.is_global_zero:
         _check_exportable(base_plan)
     for number in numbers:
-        train(plan if number else base_plan, number, folder, fabric=fabric, evaluate=evaluate, report=_say)
+        train(plan if number else base_plan, number, folder, fabric=fabric, evaluate=evaluate, report=note)
     if fabric.is_global_zero:
         print_step(step_folder(folder, step, plan.recipe.variant), as_json)
 
 
 def _check_exportable(plan: "Plan") -> None:
+    from cl4wsis.cli.console import note
     from cl4wsis.errors import BundleError, MissingExtraError, require
 
     encoder = plan.recipe.network.encoder
@@ -97,12 +98,8 @@ def _check_exportable(plan: "Plan") -> None:
         return
     from cl4wsis_export.pack import check_exportable
 
-    _say(f"making sure that a network with {encoder} can be exported, before it is trained")
+    note(f"making sure that a network with {encoder} can be exported, before it is trained")
     try:
         check_exportable(plan.recipe.network, plan.recipe.input_size)
     except BundleError as error:
         raise BundleError(f"{error}. Nothing was trained; --no-export-check trains it all the same") from error
-
-
-def _say(text: str) -> None:
-    typer.echo(text, err=True)

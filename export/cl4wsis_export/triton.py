@@ -53,6 +53,7 @@ def write_repository(
 
     Raises:
         BundleError: the folder cannot be written, or holds another model of this name or one of larger batches.
+        DataError: a file in it cannot be written.
         BackendError: the engine is damaged.
     """
     manifest = bundle.manifest

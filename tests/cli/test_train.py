@@ -147,7 +147,9 @@ def test_evaluate_measures_a_trained_step(run: Path) -> None:
 def test_another_input_size_than_that_of_training_is_told(run: Path, command: list[str]) -> None:
     told = "--set recipe.input_size=[64,64]"
     arguments = [*command, "--run", str(run), "--json", *SETTINGS]
-    assert told not in RUNNER.invoke(app, arguments).stderr
+    same = RUNNER.invoke(app, arguments)
+    assert same.exit_code == 0, same.output
+    assert told not in same.stderr
     answer = RUNNER.invoke(app, [*arguments, "--set", "recipe.input_size=[64,96]"])
     assert answer.exit_code == 0, answer.output
     assert told in answer.stderr.replace("\n", " ")

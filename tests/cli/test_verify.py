@@ -94,8 +94,8 @@ def test_a_lone_graph_is_verified_with_images_but_stores_nothing(bundle: Path, t
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
-        (["verify", "--precision", "fp4"], 2, "fp4"),
-        (["verify", "--post", "nowhere"], 2, "nowhere"),
+        (["verify", "--precision", "fp4"], 2, "'fp4' is not one of 'fp32', 'fp16', 'int8'"),
+        (["verify", "--post", "nowhere"], 2, "'nowhere' is not one of 'graph', 'host'"),
         (["verify", "--data", "shapes", "--images", "photos"], 2, "not both"),
         (["verify", "--data", "shapes"], 1, "give the plan it was trained on"),
         (["verify", "--backend", "abacus"], 1, "unknown backend 'abacus'"),

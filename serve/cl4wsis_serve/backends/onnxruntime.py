@@ -1,8 +1,7 @@
 """ONNX Runtime on the CPU of any machine; :mod:`cl4wsis_serve.backends.onnxruntime_gpu` is for GPUs.
 
-On CPUs it has no kernels for half precision, and none for int8 layers whose results stay float32, as they do in our
-graphs: it computes both in float32 and converts in between. The answers are right, and come later than those of the
-float32 graph.
+On CPUs it computes the layers of our float16 and int8 graphs in float32 and converts in between (docs/benchmarks.md).
+The answers are right, and come later than those of the float32 graph.
 """
 
 import logging
